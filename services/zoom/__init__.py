@@ -1,0 +1,1 @@
+"""The service that draws pixels: crops (Perceptive Zoomer) and registered comparisons."""
