@@ -6,6 +6,8 @@ A reply is `<think>…</think>` (optional) followed by exactly one of a tool cal
 `Malformed`, whose reason is a sentence for the policy, so that it can mend its reply.
 """
 
+from __future__ import annotations
+
 import json
 import math
 import re
@@ -86,14 +88,16 @@ def opening_messages(task: pb.Task) -> list[pb.Message]:
     ]
 
 
-def observation_message(observation: pb.Observation, image_number: int, view: pb.ComparisonView) -> pb.Message:
+def observation_message(
+    observation: pb.Observation, image_number: int, view: pb.ComparisonView.ValueType
+) -> pb.Message:
     """What the policy is shown of a tool's answer. `image_number` is the 1-based number of the image that it brings."""
     if observation.tool_error:
         return _user(pb.Segment(text=f"Error: {observation.tool_error}"))
     region = "[{:.2f},{:.2f},{:.2f},{:.2f}]".format(*box_tuple(observation.region))
     if not observation.HasField("exemplar"):
         words = f"Image {image_number}: closer, {region}."
-    elif observation.registration_confidence == 0:
+    elif not observation.registered:
         words = f"Image {image_number}: a normal part, not aligned."
     elif view == pb.COMPARISON_VIEW_COMPOSITE:
         words = f"Image {image_number}: red this part, green normal, blue difference, {region}."

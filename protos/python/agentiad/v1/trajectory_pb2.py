@@ -26,21 +26,21 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61gentiad/v1/trajectory.proto\x12\x0b\x61gentiad.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"`\n\x0eImageReference\x12\x0b\n\x03uri\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x12\n\nmedia_type\x18\x03 \x01(\t\x12\r\n\x05width\x18\x04 \x01(\r\x12\x0e\n\x06height\x18\x05 \x01(\r\"V\n\x05Image\x12\x30\n\treference\x18\x01 \x01(\x0b\x32\x1b.agentiad.v1.ImageReferenceH\x00\x12\x11\n\x07\x63ontent\x18\x02 \x01(\x0cH\x00\x42\x08\n\x06source\"A\n\x03\x42ox\x12\r\n\x05x_min\x18\x01 \x01(\x02\x12\r\n\x05y_min\x18\x02 \x01(\x02\x12\r\n\x05x_max\x18\x03 \x01(\x02\x12\r\n\x05y_max\x18\x04 \x01(\x02\"\x1c\n\rTokenSequence\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"w\n\x07Segment\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12,\n\x06tokens\x18\x02 \x01(\x0b\x32\x1a.agentiad.v1.TokenSequenceH\x00\x12#\n\x05image\x18\x03 \x01(\x0b\x32\x12.agentiad.v1.ImageH\x00\x42\t\n\x07\x63ontent\"R\n\x07Message\x12\x1f\n\x04role\x18\x01 \x01(\x0e\x32\x11.agentiad.v1.Role\x12&\n\x08segments\x18\x02 \x03(\x0b\x32\x14.agentiad.v1.Segment\"T\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\x16\n\x0emax_new_tokens\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"\x8d\x02\n\nGeneration\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x19\n\x11log_probabilities\x18\x02 \x03(\x02\x12\x11\n\tloss_mask\x18\x03 \x03(\x08\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.agentiad.v1.FinishReason\x12\x16\n\x0epolicy_version\x18\x06 \x01(\t\x12 \n\x13\x61nomaly_probability\x18\x07 \x01(\x02H\x00\x88\x01\x01\x12\x15\n\rprompt_tokens\x18\x08 \x01(\r\x12\x15\n\rcached_tokens\x18\t \x01(\rB\x16\n\x14_anomaly_probability\"0\n\x08ToolCall\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x02 \x01(\t\"\xbf\x01\n\x0bObservation\x12*\n\x05image\x18\x01 \x01(\x0b\x32\x1b.agentiad.v1.ImageReference\x12 \n\x06region\x18\x02 \x01(\x0b\x32\x10.agentiad.v1.Box\x12-\n\x08\x65xemplar\x18\x03 \x01(\x0b\x32\x1b.agentiad.v1.ImageReference\x12\x1f\n\x17registration_confidence\x18\x04 \x01(\x02\x12\x12\n\ntool_error\x18\x05 \x01(\t\"\xdf\x01\n\x04Turn\x12%\n\x07message\x18\x01 \x01(\x0b\x32\x14.agentiad.v1.Message\x12+\n\ngeneration\x18\x02 \x01(\x0b\x32\x17.agentiad.v1.Generation\x12(\n\ttool_call\x18\x03 \x01(\x0b\x32\x15.agentiad.v1.ToolCall\x12-\n\x0bobservation\x18\x04 \x01(\x0b\x32\x18.agentiad.v1.Observation\x12*\n\x07latency\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x80\x01\n\x07Verdict\x12\x17\n\x0f\x61nomaly_present\x18\x01 \x01(\x08\x12\x13\n\x0btop_anomaly\x18\x02 \x01(\t\x12\"\n\x03\x62ox\x18\x03 \x01(\x0b\x32\x10.agentiad.v1.BoxH\x00\x88\x01\x01\x12\x1b\n\x13visual_descriptions\x18\x04 \x03(\tB\x06\n\x04_box\"Q\n\x04Task\x12!\n\x05image\x18\x01 \x01(\x0b\x32\x12.agentiad.v1.Image\x12\x10\n\x08\x63\x61tegory\x18\x02 \x01(\t\x12\x14\n\x0c\x64\x65\x66\x65\x63t_types\x18\x03 \x03(\t\"K\n\x06Limits\x12\x11\n\tmax_turns\x18\x01 \x01(\r\x12\x16\n\x0emax_tool_calls\x18\x02 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x03 \x01(\r\"\x8f\x01\n\x0bGroundTruth\x12\x17\n\x0f\x61nomaly_present\x18\x01 \x01(\x08\x12\x30\n\x07\x64\x65\x66\x65\x63ts\x18\x02 \x03(\x0b\x32\x1f.agentiad.v1.GroundTruth.Defect\x1a\x35\n\x06\x44\x65\x66\x65\x63t\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x1d\n\x03\x62ox\x18\x02 \x01(\x0b\x32\x10.agentiad.v1.Box\"\xec\x03\n\nTrajectory\x12\x12\n\nepisode_id\x18\x01 \x01(\t\x12\x1f\n\x04task\x18\x02 \x01(\x0b\x32\x11.agentiad.v1.Task\x12#\n\x06limits\x18\x03 \x01(\x0b\x32\x13.agentiad.v1.Limits\x12\'\n\x08sampling\x18\x04 \x01(\x0b\x32\x15.agentiad.v1.Sampling\x12 \n\x05turns\x18\x05 \x03(\x0b\x32\x11.agentiad.v1.Turn\x12%\n\x07verdict\x18\x06 \x01(\x0b\x32\x14.agentiad.v1.Verdict\x12,\n\x0bstop_reason\x18\x07 \x01(\x0e\x32\x17.agentiad.v1.StopReason\x12 \n\x13\x61nomaly_probability\x18\x08 \x01(\x02H\x00\x88\x01\x01\x12\x34\n\x0f\x63omparison_view\x18\t \x01(\x0e\x32\x1b.agentiad.v1.ComparisonView\x12.\n\nstarted_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nded_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x63\x61tegory_known\x18\x0c \x01(\x08\x42\x16\n\x14_anomaly_probability*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*\x95\x01\n\nStopReason\x12\x1b\n\x17STOP_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14STOP_REASON_ANSWERED\x10\x01\x12\x15\n\x11STOP_REASON_LIMIT\x10\x02\x12\x1e\n\x1aSTOP_REASON_LATENCY_BUDGET\x10\x03\x12\x19\n\x15STOP_REASON_MALFORMED\x10\x04*r\n\x0e\x43omparisonView\x12\x1f\n\x1b\x43OMPARISON_VIEW_UNSPECIFIED\x10\x00\x12 \n\x1c\x43OMPARISON_VIEW_SIDE_BY_SIDE\x10\x01\x12\x1d\n\x19\x43OMPARISON_VIEW_COMPOSITE\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x61gentiad/v1/trajectory.proto\x12\x0b\x61gentiad.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"`\n\x0eImageReference\x12\x0b\n\x03uri\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x12\n\nmedia_type\x18\x03 \x01(\t\x12\r\n\x05width\x18\x04 \x01(\r\x12\x0e\n\x06height\x18\x05 \x01(\r\"V\n\x05Image\x12\x30\n\treference\x18\x01 \x01(\x0b\x32\x1b.agentiad.v1.ImageReferenceH\x00\x12\x11\n\x07\x63ontent\x18\x02 \x01(\x0cH\x00\x42\x08\n\x06source\"A\n\x03\x42ox\x12\r\n\x05x_min\x18\x01 \x01(\x02\x12\r\n\x05y_min\x18\x02 \x01(\x02\x12\r\n\x05x_max\x18\x03 \x01(\x02\x12\r\n\x05y_max\x18\x04 \x01(\x02\"\x1c\n\rTokenSequence\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"w\n\x07Segment\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12,\n\x06tokens\x18\x02 \x01(\x0b\x32\x1a.agentiad.v1.TokenSequenceH\x00\x12#\n\x05image\x18\x03 \x01(\x0b\x32\x12.agentiad.v1.ImageH\x00\x42\t\n\x07\x63ontent\"R\n\x07Message\x12\x1f\n\x04role\x18\x01 \x01(\x0e\x32\x11.agentiad.v1.Role\x12&\n\x08segments\x18\x02 \x03(\x0b\x32\x14.agentiad.v1.Segment\"T\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\x16\n\x0emax_new_tokens\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"\x8d\x02\n\nGeneration\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x19\n\x11log_probabilities\x18\x02 \x03(\x02\x12\x11\n\tloss_mask\x18\x03 \x03(\x08\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.agentiad.v1.FinishReason\x12\x16\n\x0epolicy_version\x18\x06 \x01(\t\x12 \n\x13\x61nomaly_probability\x18\x07 \x01(\x02H\x00\x88\x01\x01\x12\x15\n\rprompt_tokens\x18\x08 \x01(\r\x12\x15\n\rcached_tokens\x18\t \x01(\rB\x16\n\x14_anomaly_probability\"0\n\x08ToolCall\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x02 \x01(\t\"\xd3\x01\n\x0bObservation\x12*\n\x05image\x18\x01 \x01(\x0b\x32\x1b.agentiad.v1.ImageReference\x12 \n\x06region\x18\x02 \x01(\x0b\x32\x10.agentiad.v1.Box\x12-\n\x08\x65xemplar\x18\x03 \x01(\x0b\x32\x1b.agentiad.v1.ImageReference\x12\x1f\n\x17registration_confidence\x18\x04 \x01(\x02\x12\x12\n\ntool_error\x18\x05 \x01(\t\x12\x12\n\nregistered\x18\x06 \x01(\x08\"\xdf\x01\n\x04Turn\x12%\n\x07message\x18\x01 \x01(\x0b\x32\x14.agentiad.v1.Message\x12+\n\ngeneration\x18\x02 \x01(\x0b\x32\x17.agentiad.v1.Generation\x12(\n\ttool_call\x18\x03 \x01(\x0b\x32\x15.agentiad.v1.ToolCall\x12-\n\x0bobservation\x18\x04 \x01(\x0b\x32\x18.agentiad.v1.Observation\x12*\n\x07latency\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x80\x01\n\x07Verdict\x12\x17\n\x0f\x61nomaly_present\x18\x01 \x01(\x08\x12\x13\n\x0btop_anomaly\x18\x02 \x01(\t\x12\"\n\x03\x62ox\x18\x03 \x01(\x0b\x32\x10.agentiad.v1.BoxH\x00\x88\x01\x01\x12\x1b\n\x13visual_descriptions\x18\x04 \x03(\tB\x06\n\x04_box\"Q\n\x04Task\x12!\n\x05image\x18\x01 \x01(\x0b\x32\x12.agentiad.v1.Image\x12\x10\n\x08\x63\x61tegory\x18\x02 \x01(\t\x12\x14\n\x0c\x64\x65\x66\x65\x63t_types\x18\x03 \x03(\t\"K\n\x06Limits\x12\x11\n\tmax_turns\x18\x01 \x01(\r\x12\x16\n\x0emax_tool_calls\x18\x02 \x01(\r\x12\x16\n\x0emax_new_tokens\x18\x03 \x01(\r\"\x8f\x01\n\x0bGroundTruth\x12\x17\n\x0f\x61nomaly_present\x18\x01 \x01(\x08\x12\x30\n\x07\x64\x65\x66\x65\x63ts\x18\x02 \x03(\x0b\x32\x1f.agentiad.v1.GroundTruth.Defect\x1a\x35\n\x06\x44\x65\x66\x65\x63t\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x1d\n\x03\x62ox\x18\x02 \x01(\x0b\x32\x10.agentiad.v1.Box\"\xec\x03\n\nTrajectory\x12\x12\n\nepisode_id\x18\x01 \x01(\t\x12\x1f\n\x04task\x18\x02 \x01(\x0b\x32\x11.agentiad.v1.Task\x12#\n\x06limits\x18\x03 \x01(\x0b\x32\x13.agentiad.v1.Limits\x12\'\n\x08sampling\x18\x04 \x01(\x0b\x32\x15.agentiad.v1.Sampling\x12 \n\x05turns\x18\x05 \x03(\x0b\x32\x11.agentiad.v1.Turn\x12%\n\x07verdict\x18\x06 \x01(\x0b\x32\x14.agentiad.v1.Verdict\x12,\n\x0bstop_reason\x18\x07 \x01(\x0e\x32\x17.agentiad.v1.StopReason\x12 \n\x13\x61nomaly_probability\x18\x08 \x01(\x02H\x00\x88\x01\x01\x12\x34\n\x0f\x63omparison_view\x18\t \x01(\x0e\x32\x1b.agentiad.v1.ComparisonView\x12.\n\nstarted_at\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nded_at\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x63\x61tegory_known\x18\x0c \x01(\x08\x42\x16\n\x14_anomaly_probability*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*\x95\x01\n\nStopReason\x12\x1b\n\x17STOP_REASON_UNSPECIFIED\x10\x00\x12\x18\n\x14STOP_REASON_ANSWERED\x10\x01\x12\x15\n\x11STOP_REASON_LIMIT\x10\x02\x12\x1e\n\x1aSTOP_REASON_LATENCY_BUDGET\x10\x03\x12\x19\n\x15STOP_REASON_MALFORMED\x10\x04*r\n\x0e\x43omparisonView\x12\x1f\n\x1b\x43OMPARISON_VIEW_UNSPECIFIED\x10\x00\x12 \n\x1c\x43OMPARISON_VIEW_SIDE_BY_SIDE\x10\x01\x12\x1d\n\x19\x43OMPARISON_VIEW_COMPOSITE\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'agentiad.v1.trajectory_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=2358
-  _globals['_ROLE']._serialized_end=2438
-  _globals['_FINISHREASON']._serialized_start=2440
-  _globals['_FINISHREASON']._serialized_end=2535
-  _globals['_STOPREASON']._serialized_start=2538
-  _globals['_STOPREASON']._serialized_end=2687
-  _globals['_COMPARISONVIEW']._serialized_start=2689
-  _globals['_COMPARISONVIEW']._serialized_end=2803
+  _globals['_ROLE']._serialized_start=2378
+  _globals['_ROLE']._serialized_end=2458
+  _globals['_FINISHREASON']._serialized_start=2460
+  _globals['_FINISHREASON']._serialized_end=2555
+  _globals['_STOPREASON']._serialized_start=2558
+  _globals['_STOPREASON']._serialized_end=2707
+  _globals['_COMPARISONVIEW']._serialized_start=2709
+  _globals['_COMPARISONVIEW']._serialized_end=2823
   _globals['_IMAGEREFERENCE']._serialized_start=110
   _globals['_IMAGEREFERENCE']._serialized_end=206
   _globals['_IMAGE']._serialized_start=208
@@ -60,19 +60,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOOLCALL']._serialized_start=956
   _globals['_TOOLCALL']._serialized_end=1004
   _globals['_OBSERVATION']._serialized_start=1007
-  _globals['_OBSERVATION']._serialized_end=1198
-  _globals['_TURN']._serialized_start=1201
-  _globals['_TURN']._serialized_end=1424
-  _globals['_VERDICT']._serialized_start=1427
-  _globals['_VERDICT']._serialized_end=1555
-  _globals['_TASK']._serialized_start=1557
-  _globals['_TASK']._serialized_end=1638
-  _globals['_LIMITS']._serialized_start=1640
-  _globals['_LIMITS']._serialized_end=1715
-  _globals['_GROUNDTRUTH']._serialized_start=1718
-  _globals['_GROUNDTRUTH']._serialized_end=1861
-  _globals['_GROUNDTRUTH_DEFECT']._serialized_start=1808
-  _globals['_GROUNDTRUTH_DEFECT']._serialized_end=1861
-  _globals['_TRAJECTORY']._serialized_start=1864
-  _globals['_TRAJECTORY']._serialized_end=2356
+  _globals['_OBSERVATION']._serialized_end=1218
+  _globals['_TURN']._serialized_start=1221
+  _globals['_TURN']._serialized_end=1444
+  _globals['_VERDICT']._serialized_start=1447
+  _globals['_VERDICT']._serialized_end=1575
+  _globals['_TASK']._serialized_start=1577
+  _globals['_TASK']._serialized_end=1658
+  _globals['_LIMITS']._serialized_start=1660
+  _globals['_LIMITS']._serialized_end=1735
+  _globals['_GROUNDTRUTH']._serialized_start=1738
+  _globals['_GROUNDTRUTH']._serialized_end=1881
+  _globals['_GROUNDTRUTH_DEFECT']._serialized_start=1828
+  _globals['_GROUNDTRUTH_DEFECT']._serialized_end=1881
+  _globals['_TRAJECTORY']._serialized_start=1884
+  _globals['_TRAJECTORY']._serialized_end=2376
 # @@protoc_insertion_point(module_scope)

@@ -405,10 +405,13 @@ class Observation(_message.Message):
     EXEMPLAR_FIELD_NUMBER: _builtins.int
     REGISTRATION_CONFIDENCE_FIELD_NUMBER: _builtins.int
     TOOL_ERROR_FIELD_NUMBER: _builtins.int
+    REGISTERED_FIELD_NUMBER: _builtins.int
     registration_confidence: _builtins.float
-    """Confidence of the registration in [0, 1]; 0 when nothing was registered."""
+    """Confidence in [0, 1] of the registration of the exemplar to the part."""
     tool_error: _builtins.str
     """Set when the call was wrong: what the policy was told, so that it can mend it."""
+    registered: _builtins.bool
+    """False: the confidence was too low, and `image` shows the exemplar alone."""
     @_builtins.property
     def image(self) -> Global___ImageReference:
         """Set when a tool showed pixels."""
@@ -429,10 +432,11 @@ class Observation(_message.Message):
         exemplar: Global___ImageReference | None = ...,
         registration_confidence: _builtins.float = ...,
         tool_error: _builtins.str = ...,
+        registered: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["exemplar", b"exemplar", "image", b"image", "region", b"region"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exemplar", b"exemplar", "image", b"image", "region", b"region", "registration_confidence", b"registration_confidence", "tool_error", b"tool_error"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exemplar", b"exemplar", "image", b"image", "region", b"region", "registered", b"registered", "registration_confidence", b"registration_confidence", "tool_error", b"tool_error"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
