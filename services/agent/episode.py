@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from agentiad.v1 import trajectory_pb2 as pb
+from agentiad.v1.policy_pb2 import PolicyCard
 from services.agent import protocol
 
 WHOLE = pb.Box(x_min=0, y_min=0, x_max=1, y_max=1)
@@ -23,7 +24,7 @@ WHOLE = pb.Box(x_min=0, y_min=0, x_max=1, y_max=1)
 
 @dataclass(frozen=True)
 class GenerateStep:
-    """Ask the policy for one turn. `policy_version`: the one that began the episode, empty on the first turn."""
+    """Ask the policy for one turn, made by the version that began the episode."""
 
     messages: list[pb.Message]
     sampling: pb.Sampling
@@ -58,17 +59,17 @@ def begin(
     task: pb.Task,
     limits: pb.Limits,
     sampling: pb.Sampling,
-    card_view: pb.ComparisonView.ValueType,
-    category_known: bool,
+    card: PolicyCard,
 ) -> pb.Trajectory:
-    """A trajectory that holds the system prompt and the task."""
+    """A trajectory that holds the system prompt and the task, for the policy of `card`."""
     trajectory = pb.Trajectory(
         episode_id=episode_id,
         task=task,
         limits=limits,
         sampling=sampling,
-        comparison_view=card_view or pb.COMPARISON_VIEW_SIDE_BY_SIDE,
-        category_known=category_known,
+        comparison_view=card.comparison_view or pb.COMPARISON_VIEW_SIDE_BY_SIDE,
+        category_known=task.category in card.categories,
+        policy_version=card.version,
     )
     for message in protocol.opening_messages(task):
         trajectory.turns.add(message=message)
@@ -90,7 +91,7 @@ def next_step(trajectory: pb.Trajectory) -> Step:
     sampling.max_new_tokens = trajectory.limits.max_new_tokens
     # Another seed a turn: the same one would tie the choices of one turn to those of the turn before.
     sampling.seed = (trajectory.sampling.seed + len(trajectory.turns)) % 2**64
-    return GenerateStep(messages, sampling, policy_version(trajectory))
+    return GenerateStep(messages, sampling, trajectory.policy_version)
 
 
 def add_generation(trajectory: pb.Trajectory, generation: pb.Generation, latency: timedelta) -> None:
@@ -126,11 +127,6 @@ def add_observation(trajectory: pb.Trajectory, observation: pb.Observation, late
 def out_of_time(trajectory: pb.Trajectory) -> None:
     """Ends the episode because its latency budget ran out. The verdict stays empty."""
     trajectory.stop_reason = pb.STOP_REASON_LATENCY_BUDGET
-
-
-def policy_version(trajectory: pb.Trajectory) -> str:
-    """The version that began the episode; empty before the first turn."""
-    return next((turn.generation.policy_version for turn in trajectory.turns if turn.HasField("generation")), "")
 
 
 def tools_used(trajectory: pb.Trajectory) -> list[str]:

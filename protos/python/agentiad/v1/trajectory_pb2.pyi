@@ -646,6 +646,7 @@ class Trajectory(_message.Message):
     STARTED_AT_FIELD_NUMBER: _builtins.int
     ENDED_AT_FIELD_NUMBER: _builtins.int
     CATEGORY_KNOWN_FIELD_NUMBER: _builtins.int
+    POLICY_VERSION_FIELD_NUMBER: _builtins.int
     episode_id: _builtins.str
     stop_reason: Global___StopReason.ValueType
     anomaly_probability: _builtins.float
@@ -654,6 +655,8 @@ class Trajectory(_message.Message):
     """How this policy sees comparisons, from its card."""
     category_known: _builtins.bool
     """False when the policy's card does not name the task's category."""
+    policy_version: _builtins.str
+    """The version that began the episode; every turn of an inspection is made by it."""
     @_builtins.property
     def task(self) -> Global___Task: ...
     @_builtins.property
@@ -685,10 +688,11 @@ class Trajectory(_message.Message):
         started_at: _timestamp_pb2.Timestamp | None = ...,
         ended_at: _timestamp_pb2.Timestamp | None = ...,
         category_known: _builtins.bool = ...,
+        policy_version: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_anomaly_probability", b"_anomaly_probability", "anomaly_probability", b"anomaly_probability", "ended_at", b"ended_at", "limits", b"limits", "sampling", b"sampling", "started_at", b"started_at", "task", b"task", "verdict", b"verdict"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_anomaly_probability", b"_anomaly_probability", "anomaly_probability", b"anomaly_probability", "category_known", b"category_known", "comparison_view", b"comparison_view", "ended_at", b"ended_at", "episode_id", b"episode_id", "limits", b"limits", "sampling", b"sampling", "started_at", b"started_at", "stop_reason", b"stop_reason", "task", b"task", "turns", b"turns", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_anomaly_probability", b"_anomaly_probability", "anomaly_probability", b"anomaly_probability", "category_known", b"category_known", "comparison_view", b"comparison_view", "ended_at", b"ended_at", "episode_id", b"episode_id", "limits", b"limits", "policy_version", b"policy_version", "sampling", b"sampling", "started_at", b"started_at", "stop_reason", b"stop_reason", "task", b"task", "turns", b"turns", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__anomaly_probability: _TypeAlias = _typing.Literal["anomaly_probability"]  # noqa: Y015
     _WhichOneofArgType__anomaly_probability: _TypeAlias = _typing.Literal["_anomaly_probability", b"_anomaly_probability"]  # noqa: Y015
