@@ -97,7 +97,7 @@ def output_size(size: tuple[int, int], parameters: CropParameters = DEFAULTS) ->
 def fit(image: Image.Image, parameters: CropParameters = DEFAULTS) -> Image.Image:
     """Draw the image at its output size.
 
-    Shrinking averages every source pixel (box filter), so that a thin line grows fainter but never falls between samples.
+    Shrinking averages every source pixel (box filter), so that a thin line fades but never falls between samples.
     """
     size = output_size(image.size, parameters)
     if size == image.size:
