@@ -151,7 +151,7 @@ def parse(text: str) -> Reply:
         return Malformed(_explain(text))
     call, answer = match["call"], match["answer"]
     if _TAG.search(f"{match['think'] or ''} {call or ''} {answer or ''}"):
-        return Malformed("Give exactly one tool call or one answer.")
+        return Malformed("Give one thought and exactly one tool call or answer.")
     try:
         return _parse_call(call) if call is not None else _parse_answer(answer)
     except _MalformedReplyError as error:

@@ -1,0 +1,34 @@
+"""Starts an agent: the Inspect call and the inspection worker, until SIGTERM."""
+
+import asyncio
+from functools import partial
+
+from services.agent.settings import AgentSettings
+from services.chassis import lifecycle, telemetry
+from services.chassis.settings import load
+
+
+async def main(settings: AgentSettings, stop: asyncio.Event) -> None:
+    from redis.asyncio import Redis
+
+    from services.agent import inspector, online, service
+    from services.agent.records import Records
+    from services.chassis import rpc
+    from services.chassis.bus import make_bus
+
+    bus = make_bus(settings)
+    async with (
+        Redis.from_url(settings.redis_url.get_secret_value(), socket_timeout=5, socket_connect_timeout=5) as redis,
+        inspector.connected(settings) as connected,
+        rpc.serve(settings.bind, [service.servicer(connected)]),
+    ):
+        try:
+            await online.run(bus, connected, Records(redis), max_in_flight=settings.max_in_flight, stop=stop)
+        finally:
+            await bus.close()
+
+
+if __name__ == "__main__":
+    settings = load(AgentSettings)
+    telemetry.configure("agent", settings.log_level)
+    lifecycle.run(partial(main, settings))

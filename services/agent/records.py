@@ -1,0 +1,66 @@
+"""What the agent remembers of an event in Redis: the steps of an unfinished episode, the one result of a finished one.
+
+Invariant: the first result that is recorded for an event is the event's result for ever after (until it expires, long
+after the topic's own retention); every copy that is published is byte by byte that one.
+"""
+
+from __future__ import annotations
+
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from agentiad.v1 import events_pb2
+from agentiad.v1 import trajectory_pb2 as pb
+from services.chassis.errors import Transient
+
+# An episode lasts seconds; steps are of use only until the event is delivered again.
+STEPS_TTL_S = 24 * 3600
+# Longer than Kafka keeps a topic by default (7 days), so that no redelivery finds its result gone.
+RESULT_TTL_S = 14 * 24 * 3600
+
+
+class Records:
+    """Raises Transient while Redis cannot be reached."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+
+    async def result(self, event_id: str) -> events_pb2.InspectionCompleted | None:
+        value = await self._get(_result_key(event_id))
+        return None if value is None else events_pb2.InspectionCompleted.FromString(value)
+
+    async def claim_result(self, inspection: events_pb2.InspectionCompleted) -> events_pb2.InspectionCompleted:
+        """Records the result unless there is one already; returns the one that holds."""
+        key = _result_key(inspection.event_id)
+        try:
+            first = await self._redis.set(key, inspection.SerializeToString(), nx=True, ex=RESULT_TTL_S)
+            await self._redis.delete(_steps_key(inspection.event_id))
+        except (RedisConnectionError, RedisTimeoutError) as error:
+            raise Transient(f"Redis: {error}") from error
+        return inspection if first else await self.result(inspection.event_id) or inspection
+
+    async def steps(self, event_id: str) -> pb.Trajectory | None:
+        value = await self._get(_steps_key(event_id))
+        return None if value is None else pb.Trajectory.FromString(value)
+
+    async def save_steps(self, event_id: str, trajectory: pb.Trajectory) -> None:
+        try:
+            await self._redis.set(_steps_key(event_id), trajectory.SerializeToString(), ex=STEPS_TTL_S)
+        except (RedisConnectionError, RedisTimeoutError) as error:
+            raise Transient(f"Redis: {error}") from error
+
+    async def _get(self, key: str) -> bytes | None:
+        try:
+            value: bytes | None = await self._redis.get(key)
+        except (RedisConnectionError, RedisTimeoutError) as error:
+            raise Transient(f"Redis: {error}") from error
+        return value
+
+
+def _steps_key(event_id: str) -> str:
+    return f"agentiad:steps:{event_id}"
+
+
+def _result_key(event_id: str) -> str:
+    return f"agentiad:result:{event_id}"

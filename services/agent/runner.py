@@ -1,0 +1,117 @@
+"""Runs an episode: does what the state machine asks for, by the stubs of policy, zoom and retrieval."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from agentiad.v1 import policy_pb2, retrieval_pb2, zoom_pb2
+from agentiad.v1 import trajectory_pb2 as pb
+from agentiad.v1.policy_pb2_grpc import PolicyServiceAsyncStub
+from agentiad.v1.retrieval_pb2_grpc import RetrievalServiceAsyncStub
+from agentiad.v1.zoom_pb2_grpc import ZoomServiceAsyncStub
+from services.agent import episode
+from services.chassis.errors import NotFound
+from services.chassis.rpc import call
+
+OnTurn = Callable[[pb.Trajectory], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Errors of the services come out as the chassis' errors: BadInput (an unusable image), Transient, Exhausted."""
+
+    policy: PolicyServiceAsyncStub
+    zoom: ZoomServiceAsyncStub
+    retrieval: RetrievalServiceAsyncStub
+
+    async def begin(self, episode_id: str, task: pb.Task, limits: pb.Limits, sampling: pb.Sampling) -> pb.Trajectory:
+        """A fresh trajectory for the policy version that is current now."""
+        card = (await call(self.policy.DescribePolicy, policy_pb2.DescribePolicyRequest())).card
+        trajectory = episode.begin(episode_id, task, limits, sampling, card)
+        trajectory.started_at.FromDatetime(datetime.now(UTC))
+        return trajectory
+
+    async def run(self, trajectory: pb.Trajectory, on_turn: OnTurn) -> None:
+        """Goes on from where the trajectory stands until it is finished; `on_turn` is awaited after each step.
+
+        When the version that began the episode is gone, the episode starts anew on the current one: its token ids mean
+        nothing to another policy.
+        """
+        while not isinstance(step := episode.next_step(trajectory), episode.Finished):
+            started = time.monotonic()
+            match step:
+                case episode.GenerateStep():
+                    try:
+                        generation = await self._generate(step)
+                    except NotFound:
+                        if not await self._restarted(trajectory):
+                            raise  # an image is gone
+                        continue
+                    episode.add_generation(trajectory, generation, _since(started))
+                case episode.CropStep():
+                    observation = await self._crop(trajectory, step)
+                    episode.add_observation(trajectory, observation, _since(started))
+                case episode.QueryStep():
+                    observation = await self._query(trajectory, step)
+                    episode.add_observation(trajectory, observation, _since(started))
+            if trajectory.stop_reason:
+                trajectory.ended_at.FromDatetime(datetime.now(UTC))
+            await on_turn(trajectory)
+
+    async def _restarted(self, trajectory: pb.Trajectory) -> bool:
+        """Starts the episode anew if the version that began it is no longer the current one."""
+        fresh = await self.begin(trajectory.episode_id, trajectory.task, trajectory.limits, trajectory.sampling)
+        if fresh.policy_version == trajectory.policy_version:
+            return False
+        trajectory.CopyFrom(fresh)
+        return True
+
+    async def _generate(self, step: episode.GenerateStep) -> pb.Generation:
+        request = policy_pb2.GenerateRequest(
+            messages=step.messages, sampling=step.sampling, policy_version=step.policy_version
+        )
+        return (await call(self.policy.Generate, request)).generation
+
+    async def _crop(self, trajectory: pb.Trajectory, step: episode.CropStep) -> pb.Observation:
+        if step.exemplar is not None:
+            return await self._compare(trajectory, step.exemplar, step.box)
+        response = await call(self.zoom.Crop, zoom_pb2.CropRequest(image=trajectory.task.image, box=step.box))
+        if response.HasField("tool_error"):
+            return pb.Observation(tool_error=response.tool_error)
+        return pb.Observation(image=response.crop.image, region=response.crop.region)
+
+    async def _query(self, trajectory: pb.Trajectory, step: episode.QueryStep) -> pb.Observation:
+        request = retrieval_pb2.QueryExemplarsRequest(
+            image=trajectory.task.image, category=trajectory.task.category, limit=1
+        )
+        found = await call(self.retrieval.QueryExemplars, request)
+        if not found.exemplars:
+            return pb.Observation(tool_error=f"There is no normal image of {trajectory.task.category}.")
+        return await self._compare(trajectory, found.exemplars[0].image, step.box)
+
+    async def _compare(
+        self, trajectory: pb.Trajectory, exemplar: pb.ImageReference, box: pb.Box | None
+    ) -> pb.Observation:
+        request = zoom_pb2.CompareRequest(
+            part=trajectory.task.image,
+            exemplar=pb.Image(reference=exemplar),
+            box=box,
+            view=trajectory.comparison_view,
+        )
+        response = await call(self.zoom.Compare, request)
+        if response.HasField("tool_error"):
+            return pb.Observation(tool_error=response.tool_error)
+        return pb.Observation(
+            image=response.comparison.image,
+            region=response.comparison.region,
+            exemplar=exemplar,
+            registration_confidence=response.registration_confidence,
+            registered=response.registered,
+        )
+
+
+def _since(started: float) -> timedelta:
+    return timedelta(seconds=time.monotonic() - started)
