@@ -1,0 +1,101 @@
+"""A checkpoint folder → a model that is ready to run, with what an engine must know of its vocabulary."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from agentiad.v1.policy_pb2 import PolicyCard
+from transformers import AutoModelForImageTextToText
+from transformers.utils import logging
+
+from services.vlm.card import read_card
+from services.vlm.render import Renderer
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What an engine must know of a checkpoint's tokens."""
+
+    # A turn ends after any of these.
+    stop_ids: frozenset[int]
+    # Never sampled: special tokens that no turn may hold (vision placeholders, turn openings) and rows of the output
+    # layer that stand for no token.
+    banned_ids: tuple[int, ...]
+    # Tokens that begin the JSON words `true` and `false`, with and without a leading space.
+    true_ids: tuple[int, ...]
+    false_ids: tuple[int, ...]
+    # After these the text may end in `"anomaly_present":`; blanks may follow it.
+    colon_ids: frozenset[int]
+    blank_ids: frozenset[int]
+
+
+@dataclass(frozen=True)
+class LoadedPolicy:
+    model: Any
+    renderer: Renderer
+    card: PolicyCard
+    vocabulary: Vocabulary
+    device: torch.device
+
+
+def load(path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> LoadedPolicy:
+    """Loads any transformers image-text-to-text checkpoint, offline, in evaluation mode.
+
+    Raises OSError or ValueError when the folder is no such checkpoint.
+    """
+    path = Path(path)
+    if not (path / "config.json").exists():
+        raise ValueError(f"{path} holds no checkpoint (config.json is missing)")
+    renderer = Renderer.from_checkpoint(path)
+    logging.disable_progress_bar()  # it would draw over structured logs
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, local_files_only=True).to(device).eval()
+    card = read_card(path, default_version=f"{path.resolve().name}-{sha256_of(path)[:12]}")
+    return LoadedPolicy(model, renderer, card, read_vocabulary(renderer, model), torch.device(device))
+
+
+def sha256_of(path: str | Path) -> str:
+    """Digest over the folder's safetensors files, one after the other in the order of their names.
+
+    Raises ValueError: there are none.
+    """
+    files = sorted(Path(path).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{path} holds no safetensors files")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def read_vocabulary(renderer: Renderer, model: Any) -> Vocabulary:
+    """Looks at every token once."""
+    tokenizer = renderer.processor.tokenizer
+    stop_ids = _stop_ids(renderer, model)
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    rows = int(model.get_output_embeddings().weight.shape[0])
+    words = {id: renderer.decode([id]) for id in range(min(rows, len(tokenizer)))}
+    return Vocabulary(
+        stop_ids=stop_ids,
+        banned_ids=tuple(sorted((special | set(range(len(tokenizer), rows))) - stop_ids)),
+        true_ids=tuple(id for id, word in words.items() if _begins(word, "true")),
+        false_ids=tuple(id for id, word in words.items() if _begins(word, "false")),
+        colon_ids=frozenset(id for id, word in words.items() if word.rstrip().endswith(":")),
+        blank_ids=frozenset(id for id, word in words.items() if word and not word.strip()),
+    )
+
+
+def _stop_ids(renderer: Renderer, model: Any) -> frozenset[int]:
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [] if configured is None else [configured]
+    return frozenset([*ids, renderer.end_of_turn_id])
+
+
+def _begins(token: str, word: str) -> bool:
+    stripped = token.lstrip()
+    return bool(stripped) and (word.startswith(stripped) or stripped.startswith(word))
