@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from google.protobuf import json_format
+
 from agentiad.v1 import trajectory_pb2
 from agentiad.v1.policy_pb2 import PolicyCard
-from google.protobuf import json_format
 
 FILE_NAME = "agentiad_card.json"
 
 
 def read_card(path: str | Path, *, default_version: str = "") -> PolicyCard:
-    """The card of the checkpoint folder `path`. A foreign checkpoint has none: it gets the version `default_version`, the
-    folder's name as its base model, no categories, and sees comparisons side by side.
+    """The card of the checkpoint folder `path`.
+
+    A foreign checkpoint has none: it gets the version `default_version`, the folder's name as its base model, no
+    categories, and sees comparisons side by side.
 
     Raises ValueError: the file is no card.
     """

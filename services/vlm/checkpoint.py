@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from agentiad.v1.policy_pb2 import PolicyCard
 from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
+from agentiad.v1.policy_pb2 import PolicyCard
 from services.vlm.card import read_card
 from services.vlm.render import Renderer
 

@@ -1,4 +1,4 @@
-"""The parts of a checkpoint's processor that pictures and text need, without the video part (which wants torchvision)."""
+"""A checkpoint's processor without its video part, which wants torchvision."""
 
 from __future__ import annotations
 

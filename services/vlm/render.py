@@ -1,8 +1,8 @@
 """Messages → token ids and pixels, the same for serving, training and data.
 
 Invariants:
-- Piecewise: the markup around messages comes from the checkpoint's own chat template, once per pair of roles; every text
-  segment is tokenised by itself; `tokens` segments go in verbatim.
+- Piecewise: the markup around messages comes from the checkpoint's own chat template, once per pair of roles; every
+  text segment is tokenised by itself; `tokens` segments go in verbatim.
 - Prefix-stable: if a conversation is continued by the ids that the policy generated, the rendering of the longer one
   starts with the chunks of the shorter one followed by those ids. Hence the markup between two messages depends on
   their roles alone, and the markup before an assistant's turn is always the generation prompt.
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from agentiad.v1 import trajectory_pb2 as pb
 from PIL import Image
 
+from agentiad.v1 import trajectory_pb2 as pb
 from services.vlm.processor import Processor, load_processor
 
 _NAMES = {pb.ROLE_SYSTEM: "system", pb.ROLE_USER: "user", pb.ROLE_ASSISTANT: "assistant"}
@@ -69,8 +69,9 @@ class Renderer:
     def render(self, messages: Sequence[pb.Message], *, open_end: bool = True) -> list[Chunk]:
         """Chunks of a conversation.
 
-        With `open_end` the conversation waits for the policy: a last message of the assistant is left open, any other is
-        followed by the generation prompt. Without, a last message of the assistant gets its end-of-turn id (training).
+        With `open_end` the conversation waits for the policy: a last message of the assistant is left open, any other
+        is followed by the generation prompt. Without, a last message of the assistant gets its end-of-turn id (as
+        training wants it).
         Raises ValueError: no messages, no role, an empty segment, or ids that the policy cannot have said.
         """
         if not messages:
@@ -142,7 +143,7 @@ class Renderer:
                 raise ValueError(f"token id {token} is not one that a policy can have said")
         return ids
 
-    def _markup_before(self, previous: int | None, role: int) -> tuple[int, ...]:
+    def _markup_before(self, previous: pb.Role.ValueType | None, role: pb.Role.ValueType) -> tuple[int, ...]:
         """Ids between a message and the one before it; of the opening for the first message."""
         if previous is None:
             return self._markup(self._template([(role, _MARKS[0])]).split(_MARKS[0])[0])
@@ -151,12 +152,12 @@ class Renderer:
             return self._between(previous, role)[1:]
         return self._generation_prompt(previous) if role == pb.ROLE_ASSISTANT else self._between(previous, role)
 
-    def _between(self, before: int, after: int) -> tuple[int, ...]:
+    def _between(self, before: pb.Role.ValueType, after: pb.Role.ValueType) -> tuple[int, ...]:
         lead = [(pb.ROLE_USER, _MARKS[2])] if before == pb.ROLE_ASSISTANT else []
         text = self._template([*lead, (before, _MARKS[0]), (after, _MARKS[1])])
         return self._markup(text.split(_MARKS[0])[1].split(_MARKS[1])[0])
 
-    def _markup_generation_prompt(self, role: int) -> tuple[int, ...]:
+    def _markup_generation_prompt(self, role: pb.Role.ValueType) -> tuple[int, ...]:
         text = self._template([(role, _MARKS[0])], add_generation_prompt=True)
         return self._markup(text.split(_MARKS[0])[1])
 
@@ -169,7 +170,9 @@ class Renderer:
         at = ids.index(self.image_token_id)
         return ids[:at], ids[at + 1 :]
 
-    def _template(self, turns: Sequence[tuple[int, Content]], *, add_generation_prompt: bool = False) -> str:
+    def _template(
+        self, turns: Sequence[tuple[pb.Role.ValueType, Content]], *, add_generation_prompt: bool = False
+    ) -> str:
         conversation: list[dict[str, Any]] = [{"role": _NAMES[role], "content": content} for role, content in turns]
         return str(
             self.processor.tokenizer.apply_chat_template(
@@ -187,7 +190,7 @@ class Renderer:
         return tuple(self.processor.plain.encode(text, add_special_tokens=False).ids)
 
 
-def _role(message: pb.Message) -> int:
+def _role(message: pb.Message) -> pb.Role.ValueType:
     if message.role not in _NAMES:
         raise ValueError("a message without a role")
     return message.role

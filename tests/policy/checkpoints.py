@@ -31,8 +31,10 @@ TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<answer>", "</ans
 CORPUS = (
     "system user assistant You inspect industrial parts. Image 1: bottle. Image 2: closer, [0.10,0.20,0.30,0.40].",
     '{"anomaly_present":true,"top_anomaly":"scratch","bbox_2d":[0.1,0.2,0.3,0.4],"visual_descriptions":["a scratch"]}',
-    '{"anomaly_present":false,"top_anomaly":"none","bbox_2d":[],"visual_descriptions":[]} "anomaly_present": true false',
-    '{"name":"crop_image_normalized","arguments":{"bbox_2d":[0.5,0.6,0.7,0.8],"target_image":1}} {"name":"query_image"}',
+    '{"anomaly_present":false,"top_anomaly":"none","bbox_2d":[],"visual_descriptions":[]}',
+    '"anomaly_present": true "anomaly_present": false',
+    '{"name":"crop_image_normalized","arguments":{"bbox_2d":[0.5,0.6,0.7,0.8],"target_image":1}}',
+    '{"name":"query_image","arguments":{}}',
 )
 # The markup that the models of this family were trained on, in the words of this project.
 TEMPLATE = """\
