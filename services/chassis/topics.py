@@ -1,0 +1,55 @@
+"""The Kafka topics: names, sizes and what they carry. The table of DESIGN.md in code; nothing else spells a topic's name."""
+
+from dataclasses import dataclass
+
+from google.protobuf.message import Message
+
+from agentiad.v1 import events_pb2 as events
+
+IMAGES = "agentiad.images.v1"
+INSPECTIONS = "agentiad.inspections.v1"
+ROLLOUT_REQUESTS = "agentiad.rollout-requests.v1"
+TRAJECTORIES = "agentiad.trajectories.v1"
+SCORED_TRAJECTORIES = "agentiad.scored-trajectories.v1"
+POLICIES = "agentiad.policies.v1"
+REVIEWS = "agentiad.reviews.v1"
+
+
+@dataclass(frozen=True)
+class TopicSpec:
+    """How a topic is created, and the one message type that it carries."""
+
+    partitions: int
+    compacted: bool
+    message: type[Message]
+
+
+# Partitions bound how many consumers of a group can share a topic. Policies are few, and their order matters across keys.
+TOPICS: dict[str, TopicSpec] = {
+    IMAGES: TopicSpec(6, False, events.ImageCaptured),
+    INSPECTIONS: TopicSpec(6, False, events.InspectionCompleted),
+    ROLLOUT_REQUESTS: TopicSpec(6, False, events.RolloutRequested),
+    TRAJECTORIES: TopicSpec(6, False, events.TrajectoryCompleted),
+    SCORED_TRAJECTORIES: TopicSpec(6, False, events.TrajectoryScored),
+    POLICIES: TopicSpec(1, True, events.PolicyPublished),
+    REVIEWS: TopicSpec(3, False, events.ReviewSubmitted),
+}
+
+
+def retry(topic: str) -> str:
+    """The topic where events of `topic` wait for another attempt."""
+    return f"{topic}.retry"
+
+
+def dlq(topic: str) -> str:
+    """The topic where events of `topic` that cannot be handled are kept for the operator."""
+    return f"{topic}.dlq"
+
+
+def all_topics() -> dict[str, TopicSpec]:
+    """Every topic to create: TOPICS, each with its retry topic (as many partitions) and its DLQ (one), neither compacted."""
+    specs = dict(TOPICS)
+    for name, spec in TOPICS.items():
+        specs[retry(name)] = TopicSpec(spec.partitions, False, spec.message)
+        specs[dlq(name)] = TopicSpec(1, False, spec.message)
+    return specs
