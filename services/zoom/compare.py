@@ -60,12 +60,13 @@ def composite(
 ) -> Image.Image:
     """R = grey of the part, G = grey of the registered exemplar, B = |difference|. Raises ToolError.
 
-    B is the largest difference of the three colours (of grey images: the difference), because a mark may differ from
-    its surroundings in colour alone.
+    B is taken after the exemplar's light was brought to the part's (G stays as it is), and is the largest of the three
+    colours' differences (of grey images: the difference), because a mark may differ in colour alone.
     """
-    cut = _cut(part, box, parameters)
-    ours, theirs, inside = _aligned(part, exemplar, registration, cut)
-    difference = np.where(inside, np.abs(ours.astype(np.int16) - theirs).max(axis=2), 0).astype(np.uint8)
+    ours, theirs, inside = _aligned(part, exemplar, registration, _cut(part, box, parameters))
+    expected = registration.gain * theirs.astype(np.float32) + registration.offset
+    off = np.abs(ours - np.clip(expected, 0, 255)).max(axis=2)
+    difference = np.where(inside, np.round(off), 0).astype(np.uint8)
     red = _grey(ours)
     green = np.where(inside, _grey(theirs), red)
     return crop.fit(Image.fromarray(np.dstack([red, green, difference])), parameters)

@@ -7,6 +7,7 @@
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -23,15 +24,17 @@ Matrix: TypeAlias = npt.NDArray[np.float64]
 class RegistrationParameters:
     """Sizes in pixels of the images' longer side at each step; the rest is dimensionless."""
 
-    start_px: int = 128
+    start_px: int = 96
+    start_iterations: int = 20
+    # A start of this agreement ends the search.
+    good_start: float = 0.8
     refine_px: int = 192
     refine_iterations: int = 30
-    # A start this good needs no search over rotation and scale.
-    good_start: float = 0.6
+    min_px: int = 16  # shorter side after shrinking to refine_px; thinner strips hold too little to register
     # What ECC's affine model may bend beyond a similarity (shear, unequal scales); more is a runaway fit.
     max_bend: float = 0.03
     min_overlap: float = 0.5  # of the part's area; under it nothing is registered
-    min_confidence: float = 0.5
+    min_confidence: float = 0.75
 
 
 DEFAULTS = RegistrationParameters()
@@ -39,23 +42,32 @@ DEFAULTS = RegistrationParameters()
 
 @dataclass(frozen=True)
 class Registration:
-    """`matrix` (2x3) takes a pixel (x, y) of the part to the pixel of the exemplar that shows the same spot."""
+    """`matrix` (2x3) takes a pixel (x, y) of the part to the pixel of the exemplar that shows the same spot.
+
+    `gain` and `offset` bring the exemplar's light to the part's: gain * grey + offset, on the scale of 0 to 255.
+    """
 
     matrix: Matrix
     confidence: float  # in [0, 1]
     registered: bool  # the confidence reached the threshold
+    gain: float = 1.0
+    offset: float = 0.0
 
 
 def register(part: Image.Image, exemplar: Image.Image, parameters: RegistrationParameters = DEFAULTS) -> Registration:
     """Find where each pixel of the part lies in the exemplar. Deterministic; never raises for two decodable images."""
-    part_small, part_scale = _shrunk(part, parameters.refine_px)
-    exemplar_small, exemplar_scale = _shrunk(exemplar, parameters.refine_px)
+    part_small, part_scale = _grey(part, parameters.refine_px)
+    exemplar_small, exemplar_scale = _grey(exemplar, parameters.refine_px)
+    if min(*part_small.shape, *exemplar_small.shape) < parameters.min_px:
+        return Registration(np.eye(2, 3), 0.0, registered=False)
     matrix = _start(part_small, exemplar_small, parameters)
     part_fine, exemplar_fine = _high_passed(part_small), _high_passed(exemplar_small)
     matrix = _refined(part_fine, exemplar_fine, matrix, parameters)
     confidence = _agreement(part_fine, exemplar_fine, matrix, parameters)
-    full = _rescaled(matrix, part_scale, exemplar_scale)
-    return Registration(_snapped(full, part.size), confidence, confidence >= parameters.min_confidence)
+    full = _snapped(_rescaled(matrix, part_scale, exemplar_scale), part.size)
+    if confidence < parameters.min_confidence:
+        return Registration(full, confidence, registered=False)
+    return Registration(full, confidence, True, *_light(part_small, exemplar_small, matrix))
 
 
 def warp(exemplar: npt.NDArray[np.uint8], matrix: Matrix, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
@@ -70,13 +82,23 @@ def _start(part: Grey, exemplar: Grey, parameters: RegistrationParameters) -> Ma
     small_part, part_scale = _resized(part, parameters.start_px)
     small_exemplar, exemplar_scale = _resized(exemplar, parameters.start_px)
     p, e = _high_passed(small_part), _high_passed(small_exemplar)
-    as_it_lies = _centred(p.shape, e.shape)
-    candidates = [as_it_lies, _shifted(p, e, as_it_lies)]
-    best = max(candidates, key=lambda matrix: _agreement(p, e, matrix, parameters))
-    if _agreement(p, e, best, parameters) < parameters.good_start:
-        candidates += [_shifted(p, e, turned) for turned in _turned(p, e, as_it_lies)]
-        best = max(candidates, key=lambda matrix: _agreement(p, e, matrix, parameters))
+    best, agreement = _centred(p.shape, e.shape), -1.0
+    for candidate in _candidates(p, e, best):
+        for matrix in (candidate, _ecc(p, e, candidate, cv2.MOTION_EUCLIDEAN, parameters.start_iterations, blur=5)):
+            if (found := _agreement(p, e, matrix, parameters)) > agreement:
+                best, agreement = matrix, found
+            if agreement >= parameters.good_start:
+                return _rescaled(best, part_scale, exemplar_scale)
     return _rescaled(best, part_scale, exemplar_scale)
+
+
+def _candidates(part: Grey, exemplar: Grey, as_it_lies: Matrix) -> Iterator[Matrix]:
+    """Cheapest and likeliest first; each is worked out only when the ones before it were not good."""
+    yield as_it_lies
+    yield _shifted(part, exemplar, as_it_lies)
+    turned = _turned(part, exemplar, as_it_lies)
+    yield turned
+    yield _shifted(part, exemplar, turned)
 
 
 def _centred(part: tuple[int, ...], exemplar: tuple[int, ...]) -> Matrix:
@@ -94,7 +116,7 @@ def _shifted(part: Grey, exemplar: Grey, matrix: Matrix) -> Matrix:
     return np.column_stack([matrix[:, :2], matrix[:, 2] + matrix[:, :2] @ np.array(shift)])
 
 
-def _turned(part: Grey, exemplar: Grey, matrix: Matrix) -> list[Matrix]:
+def _turned(part: Grey, exemplar: Grey, matrix: Matrix) -> Matrix:
     """The matrix after the rotation and scale, about the part's centre, that the log-polar spectra differ by."""
     angles, radii = 180, 128  # one degree a row; of a spectrum half a turn is all
     a, b = (_log_polar(image, angles, radii) for image in (part, _warped(exemplar, matrix, part.shape)))
@@ -102,7 +124,8 @@ def _turned(part: Grey, exemplar: Grey, matrix: Matrix) -> list[Matrix]:
     scale = math.exp(-radius * math.log(max(part.shape) / 2) / radii)
     centre = ((part.shape[1] - 1) / 2, (part.shape[0] - 1) / 2)
     turn = np.vstack([cv2.getRotationMatrix2D(centre, -angle, scale), [0.0, 0.0, 1.0]])
-    return [matrix @ turn]
+    turned: Matrix = matrix @ turn
+    return turned
 
 
 def _log_polar(image: Grey, angles: int, radii: int) -> Grey:
@@ -120,15 +143,38 @@ def _log_polar(image: Grey, angles: int, radii: int) -> Grey:
 
 
 def _refined(part: Grey, exemplar: Grey, matrix: Matrix, parameters: RegistrationParameters) -> Matrix:
-    criteria = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, parameters.refine_iterations, 1e-4)
-    start = matrix.astype(np.float32)
+    refined = _ecc(part, exemplar, matrix, cv2.MOTION_AFFINE, parameters.refine_iterations, blur=1)
+    better = _agreement(part, exemplar, refined, parameters) > _agreement(part, exemplar, matrix, parameters)
+    return refined if better and _bend(refined) <= parameters.max_bend else matrix
+
+
+def _ecc(part: Grey, exemplar: Grey, matrix: Matrix, model: int, iterations: int, blur: int) -> Matrix:
+    criteria = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, iterations, 1e-4)
     try:
-        _, found = cv2.findTransformECC(part, exemplar, start, cv2.MOTION_AFFINE, criteria, None, 1)
+        _, found = cv2.findTransformECC(part, exemplar, matrix.astype(np.float32), model, criteria, None, blur)
     except cv2.error:  # it did not converge: the two have nothing in common there
         return matrix
     refined: Matrix = found.astype(np.float64)
-    better = _agreement(part, exemplar, refined, parameters) > _agreement(part, exemplar, matrix, parameters)
-    return refined if better and _bend(refined) <= parameters.max_bend else matrix
+    return refined
+
+
+def _light(part: Grey, exemplar: Grey, matrix: Matrix) -> tuple[float, float]:
+    """Gain and offset between the two exposures, from mean and spread over the tenths that agree best.
+
+    Two photographs of one tile in magnetic_tile differ up to threefold in exposure, which would drown every mark. The
+    tenth that agrees least is left out, because a defect is no light. A change that moves no grey by 8 is noise.
+    """
+    inside = _warped(np.ones_like(exemplar), matrix, part.shape) > 0.999
+    ours, theirs = part[inside], _warped(exemplar, matrix, part.shape)[inside]
+    gain, offset = 1.0, 0.0
+    for _ in range(2):
+        gain = float(np.clip(ours.std() / max(theirs.std(), 1.0), 1 / 3, 3.0))
+        offset = float(ours.mean() - gain * theirs.mean())
+        residual = np.abs(gain * theirs + offset - ours)
+        agrees = residual <= np.quantile(residual, 0.9)
+        ours, theirs = ours[agrees], theirs[agrees]
+    moved = max(abs(offset), abs((gain - 1.0) * 255 + offset))
+    return (gain, offset) if moved >= 8 else (1.0, 0.0)
 
 
 def _bend(matrix: Matrix) -> float:
@@ -160,16 +206,16 @@ def _high_passed(grey: Grey) -> Grey:
     return out
 
 
-def _shrunk(image: Image.Image, side: int) -> tuple[Grey, float]:
-    return _resized(np.asarray(image.convert("L"), np.float32), side)
+def _grey(image: Image.Image, side: int) -> tuple[Grey, float]:
+    return _resized(np.asarray(image.convert("L")), side)
 
 
-def _resized(grey: Grey, side: int) -> tuple[Grey, float]:
-    scale = side / max(grey.shape)
-    if scale >= 1.0:
-        return grey, 1.0
+def _resized(grey: npt.NDArray[np.uint8] | Grey, side: int) -> tuple[Grey, float]:
+    """Shrunk to `side` pixels at the longer side, and by how much; smaller images stay as they are."""
+    scale = min(1.0, side / max(grey.shape))
     size = (max(1, round(grey.shape[1] * scale)), max(1, round(grey.shape[0] * scale)))
-    return cv2.resize(grey, size, interpolation=cv2.INTER_AREA), scale
+    shrunk = cv2.resize(grey, size, interpolation=cv2.INTER_AREA) if scale < 1.0 else grey
+    return shrunk.astype(np.float32), scale
 
 
 def _rescaled(matrix: Matrix, part_scale: float, exemplar_scale: float) -> Matrix:
