@@ -52,9 +52,10 @@ class Records:
 
     async def _get(self, key: str) -> bytes | None:
         try:
-            value: bytes | None = await self._redis.get(key)
+            value = await self._redis.get(key)
         except (RedisConnectionError, RedisTimeoutError) as error:
             raise Transient(f"Redis: {error}") from error
+        assert not isinstance(value, str), "the connection must not decode"
         return value
 
 

@@ -6,6 +6,9 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import TypeVar
+
+import grpc
 
 from agentiad.v1 import policy_pb2, retrieval_pb2, zoom_pb2
 from agentiad.v1 import trajectory_pb2 as pb
@@ -14,8 +17,10 @@ from agentiad.v1.retrieval_pb2_grpc import RetrievalServiceAsyncStub
 from agentiad.v1.zoom_pb2_grpc import ZoomServiceAsyncStub
 from services.agent import episode
 from services.chassis.errors import NotFound
-from services.chassis.rpc import call
+from services.chassis.rpc import from_rpc_error
 
+RequestT = TypeVar("RequestT")
+ResponseT = TypeVar("ResponseT")
 OnTurn = Callable[[pb.Trajectory], Awaitable[None]]
 
 
@@ -29,7 +34,7 @@ class Runner:
 
     async def begin(self, episode_id: str, task: pb.Task, limits: pb.Limits, sampling: pb.Sampling) -> pb.Trajectory:
         """A fresh trajectory for the policy version that is current now."""
-        card = (await call(self.policy.DescribePolicy, policy_pb2.DescribePolicyRequest())).card
+        card = (await _call(self.policy.DescribePolicy, policy_pb2.DescribePolicyRequest())).card
         trajectory = episode.begin(episode_id, task, limits, sampling, card)
         trajectory.started_at.FromDatetime(datetime.now(UTC))
         return trajectory
@@ -73,12 +78,12 @@ class Runner:
         request = policy_pb2.GenerateRequest(
             messages=step.messages, sampling=step.sampling, policy_version=step.policy_version
         )
-        return (await call(self.policy.Generate, request)).generation
+        return (await _call(self.policy.Generate, request)).generation
 
     async def _crop(self, trajectory: pb.Trajectory, step: episode.CropStep) -> pb.Observation:
         if step.exemplar is not None:
             return await self._compare(trajectory, step.exemplar, step.box)
-        response = await call(self.zoom.Crop, zoom_pb2.CropRequest(image=trajectory.task.image, box=step.box))
+        response = await _call(self.zoom.Crop, zoom_pb2.CropRequest(image=trajectory.task.image, box=step.box))
         if response.HasField("tool_error"):
             return pb.Observation(tool_error=response.tool_error)
         return pb.Observation(image=response.crop.image, region=response.crop.region)
@@ -87,7 +92,7 @@ class Runner:
         request = retrieval_pb2.QueryExemplarsRequest(
             image=trajectory.task.image, category=trajectory.task.category, limit=1
         )
-        found = await call(self.retrieval.QueryExemplars, request)
+        found = await _call(self.retrieval.QueryExemplars, request)
         if not found.exemplars:
             return pb.Observation(tool_error=f"There is no normal image of {trajectory.task.category}.")
         return await self._compare(trajectory, found.exemplars[0].image, step.box)
@@ -101,7 +106,7 @@ class Runner:
             box=box,
             view=trajectory.comparison_view,
         )
-        response = await call(self.zoom.Compare, request)
+        response = await _call(self.zoom.Compare, request)
         if response.HasField("tool_error"):
             return pb.Observation(tool_error=response.tool_error)
         return pb.Observation(
@@ -111,6 +116,13 @@ class Runner:
             registration_confidence=response.registration_confidence,
             registered=response.registered,
         )
+
+
+async def _call(method: grpc.aio.UnaryUnaryMultiCallable[RequestT, ResponseT], request: RequestT) -> ResponseT:
+    try:
+        return await method(request)
+    except grpc.aio.AioRpcError as error:
+        raise from_rpc_error(error) from error
 
 
 def _since(started: float) -> timedelta:

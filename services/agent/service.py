@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 
@@ -21,8 +22,8 @@ class AgentService(agent_pb2_grpc.AgentServiceServicer):
     def __init__(self, inspector: Inspector) -> None:
         self._inspector = inspector
 
-    async def Inspect(  # type: ignore[override]  # noqa: N802 (the generated base is not typed for aio generators)
-        self, request: agent_pb2.InspectRequest, context: grpc.aio.ServicerContext
+    async def Inspect(  # noqa: N802
+        self, request: agent_pb2.InspectRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[agent_pb2.InspectResponse]:
         inspection.check_captured(request.image)
         turns: asyncio.Queue[pb.Turn | None] = asyncio.Queue()

@@ -1,0 +1,152 @@
+"""`agentiad`: everything a person does with the system. Light to start: each command imports what it needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="An inspection agent for factories: it looks, zooms, compares with normal parts and decides.\n\n"
+    "Start with [bold]agentiad demo[/bold], then [bold]agentiad inspect my_pictures/ --normals good_ones/[/bold].",
+)
+exemplars_app = typer.Typer(no_args_is_help=True, help="The library of normal images that parts are compared with.")
+train_app = typer.Typer(no_args_is_help=True, help="Make policies.")
+app.add_typer(exemplars_app, name="exemplars")
+app.add_typer(train_app, name="train")
+
+Category = Annotated[str, typer.Option("--category", "-c", help="The product in the pictures, e.g. bare_pcb.")]
+Model = Annotated[Path | None, typer.Option(help="A checkpoint folder of any transformers image-text-to-text model; "
+                                                 "default: pocket, the one that ships with AgentIAD.")]  # fmt: skip
+DataDir = Annotated[Path, typer.Option(envvar="DATA_DIR", help="Where library, drawn images and traces are kept.")]
+
+
+@app.command()
+def demo(
+    parts: Annotated[int, typer.Option(min=2, help="How many procedural parts a category.")] = 24,
+    seed: Annotated[int, typer.Option(help="Another seed makes other parts, none of which training has seen.")] = 0,
+    model: Model = None,
+    out: Annotated[Path, typer.Option(help="Where the pictures and the page go.")] = Path("out/demo"),
+) -> None:
+    """Inspect procedural parts, normal and defective, with and without the tools, and show how it went."""
+    from services.cli import demo as command
+
+    command.run(parts, seed, model, out)
+
+
+@app.command()
+def inspect(
+    paths: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.")],
+    category: Category = "part",
+    normals: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of normal pictures of the same product to compare with; default: the exemplar library."
+        ),
+    ] = None,
+    model: Model = None,
+    json_lines: Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write an evidence picture an image, and a page.")] = None,
+    data_dir: DataDir = Path("out"),
+) -> None:
+    """Inspect pictures. Exit status 1 if any could not be read (after all the others)."""
+    from services.cli import inspect as command
+
+    raise typer.Exit(command.run(paths, category, normals, model, json_lines, out, data_dir))
+
+
+@app.command()
+def up(
+    agents: Annotated[int, typer.Option(min=1, help="How many agents share the work.")] = 1,
+    model: Model = None,
+) -> None:
+    """Run the whole stack as local processes until Ctrl-C, and say when it is ready.
+
+    Embedded by default; uses Kafka when KAFKA_BOOTSTRAP_SERVERS is set, and likewise REDIS_URL, MILVUS_URI, TRITON_URL.
+    Pictures are read from IMAGE_ROOTS (default: the current folder). `agentiad config` prints every setting.
+    """
+    from services.cli import up as command
+
+    raise typer.Exit(command.run(agents, model))
+
+
+@app.command()
+def publish(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A picture, or a folder of pictures.")],
+    line: Annotated[str, typer.Option("--line", "-l", help="The production line that they come from.")],
+    category: Category = "part",
+    budget: Annotated[
+        float | None, typer.Option(help="Latency budget in seconds; after it the part goes to review.", min=0.001)
+    ] = None,
+) -> None:
+    """Play the plant: publish an image event for each picture."""
+    from services.cli import plant as command
+
+    raise typer.Exit(command.publish(directory, line, category, budget))
+
+
+@app.command()
+def watch(
+    from_beginning: Annotated[bool, typer.Option(help="Also those before now.")] = False,
+    json_lines: Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")] = False,
+    count: Annotated[int | None, typer.Option(min=1, help="Stop after so many verdicts.")] = None,
+) -> None:
+    """Show verdicts as they come, each event's once."""
+    from services.cli import plant as command
+
+    command.watch(from_beginning, json_lines, count)
+
+
+@app.command()
+def config() -> None:
+    """Print the settings of every service as they are resolved now, secrets masked."""
+    from services.cli import config as command
+
+    raise typer.Exit(command.run())
+
+
+@exemplars_app.command("add")
+def exemplars_add(
+    paths: Annotated[list[Path], typer.Argument(help="Normal pictures, or folders of them.")],
+    category: Category,
+    data_dir: DataDir = Path("out"),
+) -> None:
+    """Add normal pictures to a category. Adding one twice changes nothing."""
+    from services.cli import exemplars as command
+
+    raise typer.Exit(command.add(paths, category, data_dir))
+
+
+@exemplars_app.command("list")
+def exemplars_list(
+    category: Annotated[str, typer.Option("--category", "-c", help="Only this one.")] = "",
+    data_dir: DataDir = Path("out"),
+) -> None:
+    """List the library."""
+    from services.cli import exemplars as command
+
+    command.show(category, data_dir)
+
+
+@exemplars_app.command("remove")
+def exemplars_remove(
+    category: Category,
+    sha256: Annotated[list[str] | None, typer.Argument(help="Digests as `list` shows them.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="The whole category.")] = False,
+    data_dir: DataDir = Path("out"),
+) -> None:
+    """Remove pictures from a category."""
+    from services.cli import exemplars as command
+
+    raise typer.Exit(command.remove(category, sha256 or [], everything, data_dir))
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""`agentiad inspect`: files in, verdicts out, on the embedded stack."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import json_format
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from agentiad.v1 import retrieval_pb2
+from services.chassis import telemetry
+from services.cli.inspecting import Item, Outcome, find_images, inspect_all
+from services.cli.rows import COLOURS, row
+from services.cli.stack import Stack, embedded
+
+console = Console(stderr=True)
+
+
+def run(
+    paths: list[Path], category: str, normals: Path | None, model: Path | None, as_json: bool, out: Path | None,
+    data_dir: Path,
+) -> int:  # fmt: skip
+    """Prints a row an image; the exit status is 1 if any has no verdict."""
+    telemetry.configure("cli", "WARNING")
+    outcomes = asyncio.run(_run(paths, category, normals, model, as_json, out, data_dir))
+    return 1 if not outcomes or any(outcome.error for outcome in outcomes) else 0
+
+
+async def _run(
+    paths: list[Path], category: str, normals: Path | None, model: Path | None, as_json: bool, out: Path | None,
+    data_dir: Path,
+) -> list[Outcome]:  # fmt: skip
+    files = find_images(paths)
+    if not files:
+        console.print("There are no pictures in " + ", ".join(map(str, paths)))
+        return []
+    traces = (out or data_dir) / "traces"
+    traces.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as closing:
+        # With --normals the comparison is with these only: a library of their own, gone afterwards.
+        library = Path(closing.enter_context(tempfile.TemporaryDirectory())) if normals else data_dir
+        roots = sorted({path.resolve().parent for path in files} | ({normals.resolve()} if normals else set()))
+        console.print("[dim]Starting policy, zoom, retrieval and agent…[/dim]")
+        async with embedded(data_dir, roots, model, library=library) as stack:
+            if normals:
+                await add_exemplars(stack, category, find_images([normals]))
+            progress = closing.enter_context(make_progress("Inspecting", len(files)))
+            table = Table("image", "decision", "score", "type", "tools", "turns")
+
+            def show(outcome: Outcome) -> None:
+                progress.advance(progress.task_ids[0])
+                printed = as_row(outcome, write_trace(traces, outcome))
+                if as_json:
+                    print(json.dumps(printed), flush=True)
+                else:
+                    table.add_row(*_cells(printed))
+
+            outcomes = await inspect_all(stack.agent, stack.images, [Item(str(f), f, category) for f in files], show)
+            progress.stop()
+            if not as_json:
+                Console().print(table)
+            _say_unknown(outcomes, category)
+            if out:
+                from services.cli.report import write_report
+
+                console.print(f"Evidence: {write_report(out, outcomes, stack.images)}")
+    return outcomes
+
+
+def make_progress(words: str, total: int) -> Progress:
+    """A bar on stderr with one task."""
+    progress = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
+    progress.add_task(words, total=total)
+    return progress
+
+
+async def add_exemplars(stack: Stack, category: str, files: list[Path]) -> int:
+    """How many were new. Raises BadInput for a file that is no usable picture."""
+    images = [await asyncio.to_thread(stack.images.describe, file) for file in files]
+    added = 0
+    for start in range(0, len(images), 64):
+        request = retrieval_pb2.AddExemplarsRequest(category=category, images=images[start : start + 64])
+        added += (await stack.retrieval.AddExemplars(request)).added
+    return added
+
+
+def as_row(outcome: Outcome, trace: Path | None) -> dict[str, Any]:
+    if outcome.inspection is None:
+        return {"image": outcome.item.name, "error": outcome.error}
+    return row(outcome.item.name, outcome.inspection, str(trace))
+
+
+def write_trace(directory: Path, outcome: Outcome) -> Path | None:
+    """The whole inspection as JSON; None where there is none."""
+    if outcome.inspection is None:
+        return None
+    path = directory / f"{outcome.inspection.event_id}.json"
+    path.write_text(json_format.MessageToJson(outcome.inspection, preserving_proto_field_name=True), encoding="utf-8")
+    return path
+
+
+def _cells(printed: dict[str, Any]) -> list[str]:
+    if "error" in printed:
+        return [printed["image"], "[red]error[/red]", "", printed["error"], "", ""]
+    decision = f"[{COLOURS[printed['decision']]}]{printed['decision']}[/]"
+    score = "" if printed["score"] is None else f"{printed['score']:.3f}"
+    return [printed["image"], decision, score, printed["type"], " ".join(printed["tools"]), str(printed["turns"])]
+
+
+def _say_unknown(outcomes: list[Outcome], category: str) -> None:
+    done = [outcome.inspection for outcome in outcomes if outcome.inspection]
+    if done and not done[0].trajectory.category_known:
+        print(
+            f"The policy {done[0].policy_version} was not trained on the category {category!r}: "
+            "take its verdicts as a first guess.",
+            file=sys.stderr,
+        )

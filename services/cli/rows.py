@@ -1,0 +1,34 @@
+"""An inspection as the command line shows it: one flat row an image. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agentiad.v1 import events_pb2
+from services.agent import episode, protocol
+
+DECISIONS = {
+    events_pb2.DECISION_PASS: "pass",
+    events_pb2.DECISION_REJECT: "reject",
+    events_pb2.DECISION_REVIEW: "review",
+}
+COLOURS = {"pass": "green", "reject": "red", "review": "yellow"}
+
+
+def row(image: str, inspection: events_pb2.InspectionCompleted, trace: str | None) -> dict[str, Any]:
+    """What `inspect --json` prints for an image. `trace`: where the whole trajectory lies, as JSON."""
+    verdict, trajectory = inspection.verdict, inspection.trajectory
+    return {
+        "image": image,
+        "decision": DECISIONS[inspection.decision],
+        "anomaly": verdict.anomaly_present,
+        "score": round(inspection.raw_score, 4) if inspection.HasField("raw_score") else None,
+        "type": verdict.top_anomaly,
+        "box": [round(value, 4) for value in protocol.box_tuple(verdict.box)] if verdict.HasField("box") else None,
+        "turns": sum(turn.HasField("generation") for turn in trajectory.turns),
+        "tools": episode.tools_used(trajectory),
+        "category": inspection.category,
+        "category_known": trajectory.category_known,
+        "policy_version": inspection.policy_version,
+        "trace": trace,
+    }

@@ -1,0 +1,67 @@
+"""The embedded stack: the servicers of every service in this process, called through their stubs by a unix socket."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from agentiad.v1.agent_pb2_grpc import AgentServiceAsyncStub, AgentServiceStub
+from agentiad.v1.retrieval_pb2_grpc import RetrievalServiceAsyncStub, RetrievalServiceStub
+from services.chassis import rpc
+from services.chassis.images import ImageStore
+
+
+@dataclass(frozen=True)
+class Stack:
+    """`images` reads and writes what the hosted services read and write."""
+
+    agent: AgentServiceAsyncStub
+    retrieval: RetrievalServiceAsyncStub
+    images: ImageStore
+
+
+@asynccontextmanager
+async def embedded(
+    data_dir: Path, image_roots: Sequence[Path], model: Path | None, library: Path | None = None
+) -> AsyncIterator[Stack]:
+    """Hosts policy, zoom, retrieval and agent until the block ends.
+
+    `data_dir` keeps the images that zoom draws, `library` the exemplars (None: also data_dir). `model`: a checkpoint
+    folder; None: pocket.
+    """
+    from services.agent import inspector
+    from services.agent import service as agent_service
+    from services.agent.settings import AgentSettings
+    from services.policy import service as policy_service
+    from services.policy.settings import PolicySettings
+    from services.retrieval import service as retrieval_service
+    from services.retrieval.settings import RetrievalSettings
+    from services.zoom import service as zoom_service
+    from services.zoom.settings import ZoomSettings
+
+    roots = [str(root) for root in image_roots]
+    store = str(data_dir / "images")
+    model_setting = {} if model is None else {"checkpoint": model}
+    async with AsyncExitStack() as closing:
+        # A short path: unix sockets allow about 100 characters.
+        folder = closing.enter_context(tempfile.TemporaryDirectory(prefix="agentiad-"))
+        address = f"unix://{folder}/stack.sock"
+        images = {"image_roots": roots, "image_store": store, "data_dir": data_dir}
+        tools = [
+            await closing.enter_async_context(hosted)
+            for hosted in (
+                policy_service.hosted(PolicySettings(**images, **model_setting)),
+                zoom_service.hosted(ZoomSettings(**images)),
+                retrieval_service.hosted(RetrievalSettings(**{**images, "data_dir": library or data_dir})),
+            )
+        ]
+        settings = AgentSettings(policy_address=address, zoom_address=address, retrieval_address=address)
+        connected = await closing.enter_async_context(inspector.connected(settings))
+        await closing.enter_async_context(rpc.serve(address, [*tools, agent_service.servicer(connected)]))
+        channel: grpc.aio.Channel = await closing.enter_async_context(rpc.channel(address))
+        yield Stack(AgentServiceStub(channel), RetrievalServiceStub(channel), ImageStore(roots, store))
