@@ -43,10 +43,10 @@ def deadline(seconds: float) -> Iterator[None]:
 
 
 class ServerCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Around each call of `services`: bind deadline and ids, hold the bound on calls under way, turn errors into statuses.
+    """Around each call of `services`: bind deadline and ids, bound the calls under way, turn errors into statuses.
 
-    The bound is kept here and not by gRPC's maximum_concurrent_rpcs, which would refuse health checks too: a busy server
-    would be restarted for being busy.
+    The bound is kept here and not by gRPC's maximum_concurrent_rpcs, which would refuse health checks too: a busy
+    server would be restarted for being busy.
     """
 
     def __init__(self, services: set[str], max_concurrent: int) -> None:

@@ -1,7 +1,7 @@
 """From untrusted bytes to pixels, within limits. Everything wrong with the bytes is a BadInput that says what.
 
 What comes out is always 8-bit RGB, upright (the EXIF orientation applied):
-- alpha and transparent colours lie on white; palettes, 1-bit, grey and YCbCr are converted; CMYK by Pillow's plain formula;
+- alpha and transparent colours lie on white; palettes, 1-bit, grey, YCbCr and CMYK are converted (by plain formulas);
 - 16-bit grey is scaled from its full range (65,535 is white), never stretched, so equal scenes give equal pixels;
 - 32-bit integers, floats and LAB have no range that a viewer would agree on and are refused;
 - colour profiles are not applied, as in the usual training pipelines.
@@ -67,7 +67,7 @@ class ImageLimits:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What came out. `image`: RGB, upright, at 1/shrink of the sides. width, height: upright, before shrinking, in pixels."""
+    """`image`: RGB, upright, at 1/shrink of the sides. width, height: in pixels, upright, before shrinking."""
 
     media_type: str
     width: int
@@ -94,6 +94,7 @@ def _decode(data: bytes, limits: ImageLimits, shrink: int) -> Decoded:
     image.load()
     turn = _TURNS.get(_orientation(image))
     rgb = _to_rgb(image)
+    rgb.info = {}  # what it says of the file no longer holds for these pixels
     if turn is None:
         return Decoded(media_type, width, height, rgb)
     upright = rgb.transpose(turn)

@@ -1,7 +1,7 @@
-"""The three kinds of error, as exceptions. Anything else that is raised is a bug: it crashes, and the event comes again.
+"""The kinds of error, as exceptions. Anything else that is raised is a bug: it crashes, and the event comes again.
 
-They are decided on at the boundary only: `rpc` turns them into gRPC statuses and back, the bus into retries and DLQ records.
-Their text is shown to the caller, so it says what is wrong with his input and holds no secret.
+They are decided on at the boundary only: `rpc` turns them into gRPC statuses and back, the bus into retries and DLQ
+records. Their text is shown to the caller, so it says what is wrong with his input and holds no secret.
 """
 
 

@@ -1,9 +1,9 @@
 """The image store: claim checks in, checked pixels out, and the way back.
 
-Invariants: no pixels leave it unless the bytes have the reference's sha256, media type and size and lie under an allowed
-root; what it writes it can read again; what it returns does not depend on what is cached. All calls block
-(asyncio.to_thread) and are safe from several threads. Returned images are shared through the cache: read them, crop them,
-resize them, but never draw into them.
+Invariants: no pixels leave it unless the bytes have the reference's sha256, media type and size and lie under an
+allowed root; what it writes it can read again; what it returns does not depend on what is cached. All calls block
+(asyncio.to_thread) and are safe from several threads. Returned images are shared through the cache: read them, crop
+them, resize them, but never draw into them.
 """
 
 import hashlib
@@ -23,8 +23,9 @@ from agentiad.v1.trajectory_pb2 import Image, ImageReference
 from services.chassis.decoding import MEDIA_TYPES, Decoded, ImageLimits, decode, media_type_of
 from services.chassis.errors import BadInput, Transient
 from services.chassis.locations import Roots, has_scheme, parse_root, path_to_uri, shown
+from services.chassis.settings import ImageSettings
 
-__all__ = ["ImageLimits", "ImageStore"]
+__all__ = ["ImageLimits", "ImageStore", "make_image_store"]
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # zlib's fastest: crops are written once and read within the second.
@@ -64,7 +65,7 @@ class ImageStore:
         return self._decoded(image, shrink=1).image
 
     def load_region(self, image: Image, box_px: tuple[int, int, int, int], max_pixels: int) -> PIL.Image.Image:
-        """The part inside box_px = (left, top, right, bottom), in pixels of the upright picture, right and bottom excluded.
+        """The part inside box_px = (left, top, right, bottom), pixels of the upright picture, the last two excluded.
 
         Where that is far more than max_pixels, a JPEG is decoded at 1/2, 1/4 or 1/8 of its sides, so that at least
         max_pixels are left (the box then grows to whole pixels). BadInput (also for a box that is empty or sticks out),
@@ -103,7 +104,9 @@ class ImageStore:
         if self._store is None:
             raise RuntimeError("this image store was made without a place to write (IMAGE_STORE)")
         buffer = BytesIO()
-        image.convert("RGB").save(buffer, "PNG", compress_level=_PNG_LEVEL)
+        plain = image.convert("RGB")
+        plain.info = {}  # an orientation or a profile of the source must not be written along
+        plain.save(buffer, "PNG", compress_level=_PNG_LEVEL)
         data = buffer.getvalue()
         media_type_of(data, self.limits)
         sha256 = hashlib.sha256(data).hexdigest()
@@ -163,6 +166,12 @@ class ImageStore:
         return decoded
 
 
+def make_image_store(settings: ImageSettings) -> ImageStore:
+    """The store that the settings describe."""
+    limits = ImageLimits(max_bytes=settings.image_max_bytes, max_pixels=settings.image_max_pixels)
+    return ImageStore(settings.image_roots, settings.image_store, limits)
+
+
 class _DecodedCache:
     """The last decoded images by (sha256, shrink), bounded by their bytes in memory."""
 
@@ -220,11 +229,11 @@ def _about(what: str) -> Iterator[None]:
 
 
 def _write_file(path: Path, data: bytes) -> None:
-    # The size is compared because a power cut can leave a name without its bytes.
-    if path.exists() and path.stat().st_size == len(data):
-        return
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
+        # The size is compared because a power cut can leave a name without its bytes.
+        if path.exists() and path.stat().st_size == len(data):
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_bytes(data)

@@ -1,7 +1,7 @@
 """A process from start to stop: start → main(stop) runs → SIGTERM or SIGINT sets `stop` → main returns → exit status 0.
 
-main imports the heavy packages itself, so that a signal that comes while they load is kept and obeyed right after. A crash
-is logged and ends with exit status 1; SystemExit (wrong settings: 2) passes.
+main imports the heavy packages itself, so that a signal that comes while they load is kept and obeyed right after.
+A crash is logged and ends with exit status 1; SystemExit (wrong settings: 2) passes.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from services.chassis import telemetry
 
 
 def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
-    """Run `main` until it returns. It must return soon after its event is set: it closes what it opened, within its bounds."""
+    """Run `main` until it returns. Once its event is set it closes what it opened, within its bounds, and returns."""
     try:
         asyncio.run(_with_signals(main))
     except Exception:

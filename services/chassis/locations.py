@@ -1,9 +1,9 @@
 """Where images may be read from: addresses, the allowed roots, and bounded reading.
 
-Invariants: nothing outside the roots is opened, after symlinks, '..' and percent-encoding are resolved (decoded once, like
-every reader of file URIs does). Only regular files are opened, so a pipe or a device can neither block nor be touched. No
-read is longer than its limit. Files are read directly; every other scheme goes through fsspec, and only if a root has it.
-Keys of object stores are taken literally, as fsspec and the stores' own tools take them.
+Invariants: nothing outside the roots is opened, after symlinks, '..' and percent-encoding are resolved (decoded once,
+like every reader of file URIs does). Only regular files are opened, so a pipe or a device can neither block nor be
+touched. No read is longer than its limit. Files are read directly; every other scheme goes through fsspec, and only if
+a root has it. Keys of object stores are taken literally, as fsspec and the stores' own tools take them.
 """
 
 import errno
@@ -72,8 +72,10 @@ class Location:
             info = self.filesystem.info(self.path)
             if info["type"] != "file":
                 raise BadInput(f"{shown(self.uri)}: not a file")
+            if not isinstance(info["size"], int):
+                raise BadInput(f"{shown(self.uri)}: its size is unknown")
             _check_size(info["size"], max_bytes, self.uri)
-            data: bytes = self.filesystem.cat_file(self.path, start=0, end=min(info["size"], max_bytes) or None)
+            data: bytes = self.filesystem.cat_file(self.path, start=0, end=info["size"])
         except BadInput:
             raise
         except FileNotFoundError as error:
@@ -116,7 +118,7 @@ class Root:
     protocol: str = "file"
 
     def locate(self, uri: str, path: str | None) -> Location | None:
-        """The location of `uri` (`path`: its decoded path if it is a file URI), or None if it is not under this root."""
+        """Where `uri` lies (`path`: its decoded path if it is a file URI), or None if not under this root."""
         if self.filesystem is not None:
             under = path is None and uri.startswith(self.path)
             return Location(uri, self.filesystem._strip_protocol(uri), self.filesystem) if under else None

@@ -1,8 +1,8 @@
 """gRPC servers and channels (asyncio) as every service has them.
 
-Server: health for each service and for all ('' is healthy when all are), reflection, one error → status map (`statuses`),
-a bound on calls under way, message limits, graceful stop. Client: retries on UNAVAILABLE for calls that may be repeated,
-and a deadline for every call, never later than that of the call being served (`calls`).
+Server: health for each service and for all ('' is healthy when all are), reflection, one error → status map
+(`statuses`), a bound on calls under way, message limits, graceful stop. Client: retries on UNAVAILABLE for calls that
+may be repeated, and a deadline for every call, never later than that of the call being served (`calls`).
 """
 
 import json

@@ -65,7 +65,7 @@ class ImageSettings(ChassisSettings):
     image_roots: Annotated[tuple[str, ...], NoDecode] = ()  # folders and URIs, separated by commas (or ':', like PATH)
     image_store: str | None = None  # where new images are written; an allowed root as well
     image_max_bytes: int = Field(default=128 * 2**20, ge=1)
-    image_max_pixels: int = Field(default=2**26, ge=1)
+    image_max_pixels: int = Field(default=2**26, ge=1, le=89_478_485)  # the end of it is Pillow's own
 
     @field_validator("image_roots", mode="before")
     @classmethod
@@ -114,12 +114,12 @@ S = TypeVar("S", bound=BaseSettings)
 
 
 def load(cls: type[S]) -> S:
-    """The settings of the environment. If any are wrong: one line each on stderr ("NAME: what is wrong") and exit status 2."""
+    """The settings of the environment. If some are wrong: a line each on stderr ("NAME: what is wrong"), exit 2."""
     try:
         return cls()
     except ValidationError as error:
         problems = [
-            f"{'_'.join(str(part) for part in item['loc'][:1]).upper()}: {item['msg'].removeprefix('Value error, ')}"
+            f"{str(item['loc'][0] if item['loc'] else 'settings').upper()}: {item['msg'].removeprefix('Value error, ')}"
             for item in error.errors(include_url=False, include_input=False)
         ]
     except SettingsError as error:
@@ -129,7 +129,7 @@ def load(cls: type[S]) -> S:
 
 
 def resolved(settings: BaseSettings) -> dict[str, str]:
-    """Every setting by its environment name, as `agentiad config` prints it. Of a secret only the part that is none is shown."""
+    """Every setting by its environment name, as `agentiad config` prints it: secrets masked."""
     return {name.upper(): _printable(value) for name, value in settings}
 
 

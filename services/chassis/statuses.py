@@ -9,9 +9,9 @@
 | TimeoutError, the call's end    | DEADLINE_EXCEEDED  | Transient            |
 | anything else: a bug            | INTERNAL           | Transient            |
 
-Somebody else's bug is transient to the caller: he tries again a few times and then lays the event aside, instead of crashing
-over it as well. A message over gRPC's own size limit is a BadInput, though gRPC calls it RESOURCE_EXHAUSTED: waiting won't
-make it smaller. Statuses that speak of a wrong deployment (UNIMPLEMENTED, PERMISSION_DENIED, …) stay what they are.
+Somebody else's bug is transient to the caller: he tries again a few times and then lays the event aside, instead of
+crashing over it as well. A message over gRPC's own size limit is a BadInput, though gRPC calls it RESOURCE_EXHAUSTED:
+waiting won't make it smaller. Statuses that speak of a wrong deployment (UNIMPLEMENTED, …) stay what they are.
 """
 
 import grpc

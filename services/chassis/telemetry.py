@@ -1,6 +1,6 @@
-"""Structured logs: a JSON object a line on stderr, with service, event_id and episode_id. OpenTelemetry's place when it comes.
+"""Structured logs: a JSON object a line on stderr, with service, event_id and episode_id. OpenTelemetry goes here.
 
-The ids live in contextvars: bound at the edges (bus handler, RPC server), seen by every log line and carried on by `rpc`.
+The ids live in contextvars: bound at the edges (bus handler, RPC server), seen by every log line, carried on by `rpc`.
 """
 
 import logging

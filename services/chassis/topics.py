@@ -1,4 +1,4 @@
-"""The Kafka topics: names, sizes and what they carry. The table of DESIGN.md in code; nothing else spells a topic's name."""
+"""The Kafka topics: names, sizes and what they carry (DESIGN.md's table). Nothing else spells a topic's name."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ class TopicSpec:
     message: type[Message]
 
 
-# Partitions bound how many consumers of a group can share a topic. Policies are few, and their order matters across keys.
+# Partitions bound how many consumers of a group can share a topic. Policies are few and stay in order.
 TOPICS: dict[str, TopicSpec] = {
     IMAGES: TopicSpec(6, False, events.ImageCaptured),
     INSPECTIONS: TopicSpec(6, False, events.InspectionCompleted),
@@ -47,7 +47,7 @@ def dlq(topic: str) -> str:
 
 
 def all_topics() -> dict[str, TopicSpec]:
-    """Every topic to create: TOPICS, each with its retry topic (as many partitions) and its DLQ (one), neither compacted."""
+    """Every topic to create: TOPICS, each with its retry topic (as many partitions) and its DLQ (one partition)."""
     specs = dict(TOPICS)
     for name, spec in TOPICS.items():
         specs[retry(name)] = TopicSpec(spec.partitions, False, spec.message)
