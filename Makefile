@@ -1,12 +1,83 @@
-# Every command a developer needs. `make help` lists them.
+# Every command a developer needs; `make` alone lists them. Needs root (or sudo) only where a system package is missing.
 .DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
 PY := .venv/bin/python
+UV := .cache/uv/bin/uv
+BUF := .cache/buf/node_modules/.bin/buf
+BUF_VERSION := 1.75.0
+KAFKA_JARS := .cache/kafka
 PROTOS := $(sort $(wildcard protos/agentiad/v1/*.proto))
+say = @printf '\033[1m▶ %s\033[0m\n'
+# $(call apt,command,package…): the packages, where the command is missing.
+apt = command -v $(1) >/dev/null || { echo "Installing $(2) from the distribution"; \
+  $$( [ "$$(id -u)" = 0 ] || echo sudo ) sh -c 'apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(2)'; }
 
-protos: ## Generate the Python contracts from protos/
+help: ## List the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | column -t -s '|'
+
+demo: install ## The main job: inspect procedural parts with the shipped policy
+	$(say) 'Inspecting procedural parts on the embedded stack'
+	@.venv/bin/agentiad demo
+
+test: install test-tools lint ## All the tests, with real Kafka, Triton, Milvus and Redis
+	$(say) 'Running all the tests (real Kafka, Triton, Milvus and Redis are started and stopped by them)'
+	@$(PY) -m pytest tests
+
+bench: install test-tools ## The benchmarks: ratios, not times
+	$(say) 'Benchmarks'
+	@$(PY) -m pytest tests/bench -o python_files='bench_*.py' -s
+
+lint: install $(BUF) ## Formatting, types, contracts
+	$(say) 'Checking style, types and contracts'
+	@.venv/bin/ruff format --check -q . && .venv/bin/ruff check -q .
+	@.venv/bin/mypy
+	@$(BUF) lint protos
+	@$(BUF) breaking protos --against protos/baseline.binpb
+	@tests/harness/protos_are_fresh
+
+install: .venv/installed ## The environment in .venv
+
+.venv/installed: constraints.txt pyproject.toml $(UV)
+	$(say) 'Installing the environment into .venv (5 GB, of which torch is most; a minute or two)'
+	@$(UV) venv -q --allow-existing --python 3.11 .venv
+	@$(UV) pip install -p $(PY) -r constraints.txt
+	@$(UV) pip install -q -p $(PY) --no-deps -e .
+	@touch $@
+
+$(UV):
+	@$(call apt,python3,python3 python3-venv)
+	@python3 -c 'import ensurepip' 2>/dev/null || $(call apt,no-such-command,python3-venv)
+	@python3 -m venv .cache/uv && .cache/uv/bin/pip install -q --disable-pip-version-check 'uv==0.13.*'
+
+test-tools: $(KAFKA_JARS)/installed $(BUF) ## What the tests need beside Python: Java, Kafka's jars, buf
+
+$(KAFKA_JARS)/installed: tests/harness/kafka/pom.xml
+	@$(call apt,java,default-jre-headless)
+	@$(call apt,mvn,maven)
+	$(say) 'Fetching Apache Kafka by Maven (54 MB)'
+	@mvn -q -B -f tests/harness/kafka/pom.xml dependency:copy-dependencies -DoutputDirectory=$(CURDIR)/$(KAFKA_JARS)
+	@touch $@
+
+$(BUF): Makefile
+	@$(call apt,npm,nodejs npm)
+	@mkdir -p .cache/buf && npm install --silent --no-fund --no-audit --prefix .cache/buf @bufbuild/buf@$(BUF_VERSION)
+	@touch $@
+
+protos: install ## Generate the Python contracts from protos/
 	@rm -rf protos/python && mkdir -p protos/python
 	@$(PY) -m grpc_tools.protoc -Iprotos --python_out=protos/python --grpc_python_out=protos/python \
 	  --plugin=protoc-gen-mypy=.venv/bin/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=.venv/bin/protoc-gen-mypy_grpc \
 	  --mypy_out=quiet:protos/python --mypy_grpc_out=quiet:protos/python $(PROTOS)
 	@touch protos/python/agentiad/__init__.py protos/python/agentiad/v1/__init__.py protos/python/agentiad/py.typed
-.PHONY: protos
+
+protos-baseline: $(BUF) ## Accept today's contracts as what `lint` holds later ones against
+	@$(BUF) build protos -o protos/baseline.binpb
+
+constraints: $(UV) ## Resolve the pinned versions anew (see pyproject.toml)
+	@$(UV) pip compile -q --no-emit-index-url --python-version 3.11 --extra dev -c constraints.txt pyproject.toml -o constraints.txt
+
+clean: ## Remove what was made, but not the environment
+	@rm -rf out .pytest_cache .mypy_cache .ruff_cache
+
+.PHONY: help demo test bench lint install test-tools protos protos-baseline constraints clean

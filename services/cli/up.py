@@ -1,8 +1,8 @@
 """`agentiad up`: the whole stack as processes of this machine, from start to stop.
 
-Order: Redis → policy, zoom, retrieval → agents; each is waited for by its health check. A process that ends by itself ends the
-stack: restarting is the business of an orchestrator (k8s/), and a half stack helps nobody. On SIGINT or SIGTERM agents
-drain first, then the services that they call.
+Order: Redis → policy, zoom, retrieval → agents; each is waited for by its health check. A process that ends by itself
+ends the stack: restarting is the business of an orchestrator (k8s/), and a half stack helps nobody. On SIGINT or SIGTERM
+agents drain first, then the services that they call.
 """
 
 from __future__ import annotations
