@@ -55,8 +55,15 @@ def check_captured(captured: events_pb2.ImageCaptured) -> None:
         wrong.append("image.uri is empty")
     if not _SHA256.fullmatch(captured.image.sha256):
         wrong.append("image.sha256 must be 64 lower-case hex digits")
-    if captured.HasField("latency_budget") and captured.latency_budget.ToTimedelta() <= timedelta():
-        wrong.append("latency_budget must be positive")
+    try:
+        if captured.HasField("latency_budget") and captured.latency_budget.ToTimedelta() <= timedelta():
+            wrong.append("latency_budget must be positive")
+    except (ValueError, OverflowError):
+        wrong.append("latency_budget is out of range")
+    try:
+        captured.captured_at.ToDatetime()
+    except (ValueError, OverflowError):
+        wrong.append("captured_at is out of range")
     if wrong:
         raise BadInput("; ".join(wrong))
 
@@ -69,7 +76,8 @@ def seconds_left(captured: events_pb2.ImageCaptured, now: datetime) -> float | N
     """Seconds until the latency budget runs out, not below 0; None when the plant set none."""
     if not captured.HasField("latency_budget"):
         return None
-    return max(0.0, (_captured_at(captured, now) + captured.latency_budget.ToTimedelta() - now).total_seconds())
+    spent = now - _captured_at(captured, now)
+    return max(0.0, (captured.latency_budget.ToTimedelta() - spent).total_seconds())
 
 
 def complete(

