@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from services.zoom import crop
-from services.zoom.registration import Registration, register, warp
+from services.zoom.registration import Matrix, Registration, register, warp
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -64,9 +65,9 @@ def composite(
     colours' differences (of grey images: the difference), because a mark may differ in colour alone.
     """
     ours, theirs, inside = _aligned(part, exemplar, registration, _cut(part, box, parameters))
-    expected = registration.gain * theirs.astype(np.float32) + registration.offset
-    off = np.abs(ours - np.clip(expected, 0, 255)).max(axis=2)
-    difference = np.where(inside, np.round(off), 0).astype(np.uint8)
+    light = np.clip(registration.gain * np.arange(256) + registration.offset, 0, 255).round().astype(np.uint8)
+    difference = cv2.absdiff(ours, cv2.LUT(theirs, light)).max(axis=2)
+    difference[~inside] = 0
     red = _grey(ours)
     green = np.where(inside, _grey(theirs), red)
     return crop.fit(Image.fromarray(np.dstack([red, green, difference])), parameters)
@@ -95,13 +96,30 @@ def _aligned(
 ) -> tuple[Pixels, Pixels, npt.NDArray[np.bool_]]:
     """The part's region [h, w, 3], the exemplar drawn over it [h, w, 3], and where the exemplar has pixels [h, w]."""
     left, top, right, bottom = cut.pixels
+    matrix = _from(registration.matrix, left, top)
+    needed = _seen(matrix, (right - left, bottom - top), exemplar.size)
+    matrix[:, 2] -= needed[:2]
     size = (right - left, bottom - top)
-    matrix = registration.matrix.copy()
-    matrix[:, 2] += matrix[:, :2] @ np.array([left, top], np.float64)
     ours = np.asarray(part.crop(cut.pixels).convert("RGB"))
-    theirs = warp(np.asarray(exemplar.convert("RGB")), matrix, size)
-    inside = warp(np.full(exemplar.size[::-1], 255, np.uint8), matrix, size) == 255
+    source = np.asarray(exemplar.crop(needed).convert("RGB"))
+    theirs = warp(source, matrix, size)
+    inside = warp(np.full(source.shape[:2], 255, np.uint8), matrix, size) == 255
     return ours, theirs, inside
+
+
+def _from(matrix: Matrix, left: int, top: int) -> Matrix:
+    """The matrix for pixels that are counted from (left, top) of the part."""
+    return np.column_stack([matrix[:, :2], matrix @ np.array([left, top, 1.0])])
+
+
+def _seen(matrix: Matrix, size: tuple[int, int], exemplar: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The box of the exemplar that a region of `size` shows, with a pixel more all around to interpolate from."""
+    corners = np.array([[0, 0], [size[0], 0], [0, size[1]], size], np.float64)
+    mapped = corners @ matrix[:, :2].T + matrix[:, 2]
+    limit = np.array(exemplar)
+    low = np.clip(np.floor(mapped.min(axis=0)) - 1, 0, limit - 1).astype(int)
+    high = np.clip(np.ceil(mapped.max(axis=0)) + 2, low + 1, limit).astype(int)
+    return int(low[0]), int(low[1]), int(high[0]), int(high[1])
 
 
 def _grey(pixels: Pixels) -> Pixels:
