@@ -1,0 +1,101 @@
+"""What demonstrations say: short thoughts and descriptions, from templates.
+
+A thought before an answer never gives the verdict away: the decision falls at the verdict token, whose probability is
+the raw score of the inspection. What was seen is told after it, in the descriptions.
+"""
+
+import numpy as np
+
+Box = tuple[float, float, float, float]
+
+_LOOK_CLOSER = (
+    "Something at the {place}. Look closer.",
+    "A mark at the {place}: too small to judge from here.",
+    "The {place} draws the eye. Zoom in.",
+    "There is a spot at the {place}; a closer look will tell what it is.",
+)
+_LOOK_AGAIN = (
+    "Nothing to judge here. The {place} next.",
+    "That was beside it. Look at the {place}.",
+    "Not there; try the {place}.",
+)
+_COMPARE = (
+    "Only a normal part tells whether all is in its place.",
+    "Many details; compare with a normal part.",
+    "What belongs here? A normal part will tell.",
+    "I need to know how it should look.",
+)
+_COMPARE_DETAIL = (
+    "Seen closer; now compare it with a normal part.",
+    "Is that how it should be? Compare.",
+    "A normal part will tell whether this belongs here.",
+)
+_CHECK_DIFFERENCE = (
+    "The {place} is worth a closer look.",
+    "Check the {place} of the comparison.",
+    "Look at the {place} in detail.",
+)
+_WHOLE = ("Compare the whole part.", "Look at all of it.", "The whole part next.")
+_DECIDE = (
+    "That is enough to decide.",
+    "I have seen what I need.",
+    "Now I can judge.",
+    "This settles it.",
+)
+_FIRST_GLANCE = ("The whole surface is in view.", "All of it can be judged from here.", "One look is enough.")
+_NO_EXEMPLAR = ("No comparison to be had; judge by what is seen.", "Decide without a comparison.")
+
+_DESCRIPTIONS = {
+    "scratch": ("thin dark scratch", "fine scratch line"),
+    "dent": ("ring-shaped dent", "small round dent"),
+    "spots": ("cluster of dark spots", "group of small spots"),
+    "missing": ("an element is missing", "empty place where the normal part has an element"),
+    "displaced": ("an element is out of place", "element shifted against the normal part"),
+    "extra": ("an element too many", "element that the normal part does not have"),
+    "wrong_element": ("an element of the wrong kind", "other element than on the normal part"),
+    "wrong_stamp": ("stamp differs from the normal part", "wrong stamp"),
+    "incomplete_stamp": ("strokes of the stamp are missing", "incomplete stamp"),
+}
+
+
+def place(box: Box) -> str:
+    """Where the middle of a box lies, in a grid of nine."""
+    column = min(int((box[0] + box[2]) / 2 * 3), 2)
+    row = min(int((box[1] + box[3]) / 2 * 3), 2)
+    if column == 1:
+        return ("top", "middle", "bottom")[row]
+    side = "left" if column == 0 else "right"
+    return side if row == 1 else f"{('upper', '', 'lower')[row]} {side}"
+
+
+def look_closer(rng: np.random.Generator, box: Box) -> str:
+    return _pick(rng, _LOOK_CLOSER).format(place=place(box))
+
+
+def look_again(rng: np.random.Generator, box: Box) -> str:
+    return _pick(rng, _LOOK_AGAIN).format(place=place(box))
+
+
+def check_difference(rng: np.random.Generator, box: Box) -> str:
+    return _pick(rng, _CHECK_DIFFERENCE).format(place=place(box))
+
+
+def compare(rng: np.random.Generator, looked: bool) -> str:
+    return _pick(rng, _COMPARE_DETAIL if looked else _COMPARE)
+
+
+def whole(rng: np.random.Generator) -> str:
+    return _pick(rng, _WHOLE)
+
+
+def decide(rng: np.random.Generator, looked: bool, refused: bool = False) -> str:
+    return _pick(rng, _NO_EXEMPLAR if refused else _DECIDE if looked else _FIRST_GLANCE)
+
+
+def describe(rng: np.random.Generator, kind: str, box: Box) -> str:
+    known = _DESCRIPTIONS.get(kind)
+    return f"{_pick(rng, known) if known else kind.replace('_', ' ')}, {place(box)}"
+
+
+def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    return options[int(rng.integers(len(options)))]

@@ -1,0 +1,176 @@
+"""The training loop: examples in, a better model out; killed at any moment it goes on where its last checkpoint stood."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from services.trainer.batching import Batch, Example, PixelCodec, collate
+from services.trainer.losses import Coordinates, weighted_cross_entropy
+from services.trainer.optimizer import make_optimizers
+from services.trainer.pretext import PretextHeads
+from services.trainer.settings import SftSettings
+
+# Examples of about one length share a batch: sorted within windows of this many batches, which stay shuffled.
+_WINDOW = 8
+
+
+class Loop:
+    """Pretext steps first, then SFT steps with the pretext as an auxiliary loss.
+
+    `coordinates`: token ids of the coordinates, ascending; empty where a checkpoint has none.
+    """
+
+    def __init__(
+        self,
+        settings: SftSettings,
+        model: Any,
+        examples: Sequence[Example],
+        codec: PixelCodec,
+        padding_id: int,
+        coordinates: list[int],
+        labels: int,
+        work: Path,
+    ) -> None:
+        self.settings, self.model, self.examples, self.codec = settings, model, examples, codec
+        self.padding_id, self.work = padding_id, work
+        self.image_token_id, self.merge = model.config.image_token_id, model.config.vision_config.spatial_merge_size
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        self.coordinates = Coordinates.of(coordinates, vocabulary) if coordinates else None
+        self.vision: nn.Module = model.model.visual
+        self.vision.requires_grad_(not settings.freeze_vision)
+        self.pretext_steps = 0 if settings.freeze_vision or not labels else settings.pretext_steps
+        self.heads = PretextHeads(model.config.text_config.hidden_size, labels) if self.pretext_steps else None
+        modules = [model, self.heads] if self.heads else [model]
+        self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        self.optimizers = make_optimizers(modules, settings.muon_lr, settings.adam_lr)
+        self.rates = [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.sft_steps = max(1, round(len(examples) * settings.epochs / settings.batch))
+        self.steps = self.pretext_steps + self.sft_steps
+        self.step, self.seconds = 0, 0.0
+        self._features: Tensor | None = None
+        self.vision.register_forward_hook(self._keep_features)
+
+    def run(self, on_step: Callable[[dict[str, float]], None]) -> None:
+        """Trains to the end. `on_step` hears of each step's losses, learning rate and speed."""
+        self.model.train()
+        saved = time.monotonic()
+        for batch in self._batches():
+            started = time.monotonic()
+            metrics = self._train_on(batch)
+            self.seconds += time.monotonic() - started
+            self.step += 1
+            on_step({"step": self.step, "seconds": round(self.seconds, 2), **metrics})
+            if time.monotonic() - saved > 60 * self.settings.checkpoint_minutes:
+                self.save()
+                saved = time.monotonic()
+
+    def save(self) -> None:
+        """Everything that a resumed run needs; whole or not at all."""
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict() if self.heads else None,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "random": torch.get_rng_state(),
+        }
+        partial = self.work / "state.partial"
+        torch.save(state, partial)
+        os.replace(partial, self.work / "state.pt")
+
+    def resume(self) -> bool:
+        """Loads the last checkpoint, if there is one."""
+        path = self.work / "state.pt"
+        if not path.exists():
+            return False
+        state = torch.load(path, weights_only=True)
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.model.load_state_dict(state["model"])
+        if self.heads:
+            self.heads.load_state_dict(state["heads"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        torch.set_rng_state(state["random"])
+        return True
+
+    def _train_on(self, batch: Batch) -> dict[str, float]:
+        settings, progress = self.settings, self._progress()
+        factor = min(1.0, (self.step + 1) / settings.warmup_steps) * (1 - progress)
+        if self.step >= self.pretext_steps:
+            factor *= min(1.0, (self.step - self.pretext_steps + 1) / settings.warmup_steps)
+        for rate, group in zip(self.rates, self._groups(), strict=True):
+            group["lr"] = rate * factor
+        metrics = {"rate": round(factor, 4)}
+        loss: Tensor = torch.zeros(())
+        if self.step < self.pretext_steps:
+            self.vision(batch.inputs["pixel_values"], grid_thw=batch.inputs["image_grid_thw"])
+        else:
+            sigma = settings.sigma_first * (settings.sigma_last / settings.sigma_first) ** progress
+            loss = self.policy_loss(batch, sigma)
+            metrics["loss"] = loss.item()
+        if self.heads is not None:
+            assert self._features is not None
+            pretext = self.heads.loss(self._features, batch.inputs["image_grid_thw"], self.merge, batch.marks)
+            metrics["pretext"] = pretext.item()
+            loss = loss + pretext * (1.0 if self.step < self.pretext_steps else settings.pretext_weight)
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"the loss is {loss.item()} at step {self.step}")
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return metrics
+
+    def policy_loss(self, batch: Batch, sigma: float) -> Tensor:
+        # Qwen-VL models keep the offset of the last batch's positions.
+        self.model.model.rope_deltas = None
+        hidden = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
+        logits = self.model.lm_head(hidden.flatten(0, 1)[batch.positions])
+        return weighted_cross_entropy(logits, batch.targets, batch.weights, self.coordinates, sigma)
+
+    def _progress(self) -> float:
+        return max(0, self.step - self.pretext_steps) / self.sft_steps
+
+    def _groups(self) -> Iterator[dict[str, Any]]:
+        for optimizer in self.optimizers:
+            yield from optimizer.param_groups
+
+    def _keep_features(self, _module: nn.Module, _inputs: object, output: Any) -> None:
+        self._features = output.pooler_output
+
+    def _batches(self) -> Iterator[Batch]:
+        """From the current step on; the order is a function of the seed alone."""
+        per_epoch = max(1, len(self.examples) // self.settings.batch)
+        epoch, order = -1, []
+        for step in range(self.step, self.steps):
+            if step // per_epoch != epoch:
+                epoch = step // per_epoch
+                order = self._order(epoch)
+            picked = [self.examples[i] for i in order[step % per_epoch]]
+            yield collate(picked, self.codec, self.padding_id, self.image_token_id)
+
+    def _order(self, epoch: int) -> list[list[int]]:
+        rng = np.random.default_rng([self.settings.seed, epoch])
+        shuffled = rng.permutation(len(self.examples))
+        batches = []
+        size = self.settings.batch
+        for first in range(0, len(shuffled), size * _WINDOW):
+            window = sorted(shuffled[first : first + size * _WINDOW], key=lambda i: len(self.examples[i].ids))
+            batches += [window[i : i + size] for i in range(0, len(window), size)]
+        rng.shuffle(batches)
+        return [[int(i) for i in batch] for batch in batches]
+
+
+def append_metrics(path: Path, metrics: dict[str, float]) -> None:
+    with path.open("a") as stream:
+        stream.write(json.dumps(metrics) + "\n")

@@ -1,0 +1,51 @@
+"""Every choice of a training run, in one typed object, with why."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class TokenWeights(BaseModel):
+    """How much each kind of token of a reply counts. Most tokens are habit; a few carry what was seen."""
+
+    model_config = ConfigDict(frozen=True)
+
+    verdict: float = 4.0  # the raw score of an inspection is read there
+    coordinate: float = 1.5
+    type: float = 1.5
+    word: float = 0.5  # thoughts and format, learnt within the first hundred steps
+
+
+class SftSettings(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    data: str = "procedural"  # or a folder: manifest.jsonl, MVTec layout, or a folder a category
+    out: Path
+    base: Path | None = None  # a checkpoint to go on from; without one a fresh pocket is made
+    seed: int = 0
+
+    samples: int = 12_000  # episodes that are built (procedural: parts of as many variants)
+    epochs: float = 2.0
+    batch: int = Field(default=32, ge=1)  # cheapest a sample on two cores; 64 is slower
+    single_pass: bool = False  # look and answer, no tools: only to measure what the tools are worth
+
+    # The vision tower learns where and what marks are before the language model reads it: without this the whole does not
+    # get off the ground in minutes (POCKET.md). Kept as an auxiliary loss.
+    pretext_steps: int = 150
+    pretext_weight: float = 0.5
+
+    # Muon for matrices reached in 300 s what AdamW did not in 362 (POCKET.md).
+    muon_lr: float = 0.02
+    adam_lr: float = 2e-3  # embeddings, norms, biases, heads
+    warmup_steps: int = 30
+    freeze_vision: bool = False  # as AgentIAD's own SFT does with a pretrained tower
+    clip_norm: float = 1.0
+
+    weights: TokenWeights = TokenWeights()
+    # Width of a coordinate's target, in units of the image: wide first, to pull from afar, then narrow, to be exact.
+    sigma_first: float = 0.05
+    sigma_last: float = 0.008
+
+    threads: int = 0  # 0: all cores
+    workers: int = 0  # processes that build episodes; 0: all cores
+    checkpoint_minutes: float = 3.0
