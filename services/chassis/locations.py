@@ -147,7 +147,10 @@ def parse_root(root: str) -> Root:
 
 
 def _file_path(uri: str) -> str:
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise BadInput(f"{shown(uri)}: malformed: {error}") from error
     if parts.netloc not in {"", "localhost"}:
         raise BadInput(f"{shown(uri)}: a file URI names no host")
     if parts.query or parts.fragment:
