@@ -112,6 +112,10 @@ class Dispatcher:
     def committed(self, positions: dict[Source, int]) -> None:
         self._committed.update((s, p) for s, p in positions.items() if s in self._watermarks)
 
+    def forget_committed(self) -> None:
+        """A commit failed: count everything as uncommitted, so that the next one repeats it."""
+        self._committed.clear()
+
     async def revoke(self, sources: Iterable[Source], grace_s: float) -> dict[Source, int]:
         """Drop what waits of these sources and give what runs `grace_s` to end, so that the next owner need not do it
         again. Returns the positions to commit; results that come later are dropped with the watermark."""
