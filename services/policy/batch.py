@@ -153,6 +153,7 @@ class Batch:
     def _positions(self, row: Row) -> torch.Tensor:
         """M-RoPE positions [3, tokens] of the row's suffix, by the model's own rule; sets the row's length and next
         position as they are after it."""
+        positions: torch.Tensor
         count, cached = len(row.suffix.ids), row.cached_tokens
         if row.suffix.images:
             ids = torch.tensor([row.suffix.ids])
@@ -163,7 +164,7 @@ class Batch:
             positions = torch.arange(count).expand(3, -1)
         if row.node is not None:
             # Zero, or one less than the node's length when only the last token is read again.
-            positions = positions + row.node.next_position - (row.node.length - cached)
+            positions = positions + (row.node.next_position - (row.node.length - cached))
         row.length = cached + count
         row.next_position = int(positions[0, -1]) + 1
         return positions

@@ -19,7 +19,7 @@ from services.policy.prompt import Boundary
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """`kv` [2, layers, tokens, heads, head size]: the tokens from the parent's `length` to `length`."""
+    """`kv` [2, layers, heads, tokens, head size]: the tokens from the parent's `length` to `length`."""
 
     key: bytes
     parent: Node | None

@@ -31,28 +31,28 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped
     def clear(self) -> None:
         """Forgets all rows and gives their memory back."""
         self._kv = self._allocate(1, _LENGTH_STEP)
-        self._rows = torch.zeros(1, 1, dtype=torch.long, device=self._device)
-        self._positions = self._rows
         self._window = (slice(0, 0), 0)
+        self._target: tuple[torch.Tensor, ...] = ()
 
     def reserve(self, slots: int, length: int) -> None:
         """Makes room for `slots` rows of `length` tokens; what is there stays."""
         old = self._kv
-        have_slots, have_length = old.shape[2], old.shape[3]
+        have_slots, have_length = old.shape[2], old.shape[4]
         if slots <= have_slots and length <= have_length:
             return
         new_slots = have_slots if slots <= have_slots else max(slots, 2 * have_slots)
         self._kv = self._allocate(new_slots, max(have_length, -(-length // _LENGTH_STEP) * _LENGTH_STEP))
-        self._kv[:, :, :have_slots, :have_length] = old
+        self._kv[:, :, :have_slots, :, :have_length] = old
 
     def begin(self, rows: slice, positions: torch.Tensor) -> int:
         """The next forward is for the slots `rows` and writes token t of row r at `positions` [rows, tokens].
 
         Returns how many tokens of a slot the attention sees.
         """
-        self._positions = positions.to(self._device)
-        self._rows = torch.arange(rows.start, rows.stop, device=self._device)[:, None]
         self._window = (rows, int(positions.max()) + 1)
+        slots = torch.arange(rows.start, rows.stop, device=self._device)
+        heads = torch.arange(self._kv.shape[3], device=self._device)
+        self._target = (slots[:, None, None], heads[:, None], positions.to(self._device)[:, None])
         return self._window[1]
 
     def update(
@@ -60,9 +60,9 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Called by each attention layer with [rows, heads, tokens, head size]; returns all that rows may attend to."""
         (rows, length), keys, values = self._window, self._kv[0, layer_idx], self._kv[1, layer_idx]
-        keys[self._rows, self._positions] = key_states.transpose(1, 2)
-        values[self._rows, self._positions] = value_states.transpose(1, 2)
-        return keys[rows, :length].transpose(1, 2), values[rows, :length].transpose(1, 2)
+        keys[self._target] = key_states
+        values[self._target] = value_states
+        return keys[rows, :, :length], values[rows, :, :length]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._window[1]
@@ -73,16 +73,16 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped
             start = part.parent.length if part.parent else 0
             if start < length:
                 stop = min(part.length, length)
-                self._kv[:, :, slot, start:stop] = part.kv[:, :, : stop - start]
+                self._kv[:, :, slot, :, start:stop] = part.kv[..., : stop - start, :]
 
     def copy_out(self, slot: int, start: int, stop: int) -> torch.Tensor:
-        """A copy of the tokens from `start` to `stop` of a slot: [2, layers, tokens, heads, head size]."""
-        return self._kv[:, :, slot, start:stop].clone()
+        """A copy of the tokens from `start` to `stop` of a slot: [2, layers, heads, tokens, head size]."""
+        return self._kv[:, :, slot, :, start:stop].clone()
 
     def move(self, source: int, target: int, length: int) -> None:
-        self._kv[:, :, target, :length] = self._kv[:, :, source, :length]
+        self._kv[:, :, target, :, :length] = self._kv[:, :, source, :, :length]
 
     def _allocate(self, slots: int, length: int) -> torch.Tensor:
         layers, heads, head_size = self._shape
         # Zeros: a stale NaN would pass through the mask (0 · NaN is NaN).
-        return torch.zeros(2, layers, slots, length, heads, head_size, dtype=self._dtype, device=self._device)
+        return torch.zeros(2, layers, slots, heads, length, head_size, dtype=self._dtype, device=self._device)
