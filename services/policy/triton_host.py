@@ -1,0 +1,244 @@
+"""Engines in Triton: each policy version is a Triton model, loaded explicitly; one stream carries all requests.
+
+Triton's own errors become Transient: its process may be gone and come back. Then the stream breaks, everything under
+way fails, and the next request opens a new stream and loads the model again if Triton has forgotten it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import re
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf import json_format, text_format
+from tritonclient.grpc import model_config_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2 as triton
+
+from agentiad.v1 import policy_pb2
+from agentiad.v1 import trajectory_pb2 as pb
+from agentiad.v1.policy_pb2 import PolicyCard
+from services.chassis.errors import BadInput, Exhausted, NotFound, Transient
+from services.chassis.rpc import MAX_MESSAGE_BYTES
+from services.policy.settings import EngineSettings
+
+_MODEL = Path(__file__).parent / "model_repository" / "agentiad_policy"
+_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+]
+# As the model's 1/model.py writes them.
+_ERRORS: dict[int, type[Exception]] = {
+    grpc.StatusCode.INVALID_ARGUMENT.value[0]: BadInput,
+    grpc.StatusCode.NOT_FOUND.value[0]: NotFound,
+    grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]: Exhausted,
+    grpc.StatusCode.UNAVAILABLE.value[0]: Transient,
+}
+
+
+class TritonHost:
+    """`url`: host:port of Triton's gRPC endpoint, in explicit model control mode. Belongs to one event loop."""
+
+    def __init__(self, url: str, settings: EngineSettings) -> None:
+        self._channel = grpc.aio.insecure_channel(url, options=_OPTIONS)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._parameters = _parameters(settings)
+        self._stream: Stream | None = None
+
+    async def open(self, checkpoint: Path, version: str) -> TritonEngine:
+        """See services.policy.engine.Host."""
+        engine = TritonEngine(self, checkpoint.resolve(), version)
+        await engine.describe()
+        return engine
+
+    async def close(self) -> None:
+        """See services.policy.engine.Host."""
+        if self._stream is not None:
+            await self._stream.close()
+        await self._channel.close(None)
+
+    def stream(self) -> Stream:
+        """The open stream; a new one if the last has broken."""
+        if self._stream is None or self._stream.broken:
+            self._stream = Stream(self._stub)
+        return self._stream
+
+    async def load(self, model: str, checkpoint: Path, version: str) -> None:
+        """Loads the Triton model, if it is not ready. Raises BadInput: Triton cannot load it; Transient: it is gone."""
+        try:
+            ready = await self._stub.ModelReady(triton.ModelReadyRequest(name=model))
+            if ready.ready:
+                return
+            parameters = {**self._parameters, "checkpoint": str(checkpoint), "version": version}
+            request = triton.RepositoryModelLoadRequest(model_name=model)
+            request.parameters["config"].string_param = _config(model, parameters)
+            # With its code in the request, a version needs no folder of its own in Triton's repository.
+            request.parameters["file:1/model.py"].bytes_param = (_MODEL / "1" / "model.py").read_bytes()
+            await self._stub.RepositoryModelLoad(request)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                raise Transient(f"Triton is gone: {error.details()}") from error
+            # Python's traceback follows the first line.
+            reason = (error.details() or "").partition("\n")[0]
+            raise BadInput(f"Triton cannot load {checkpoint}: {reason}") from error
+
+    async def unload(self, model: str) -> None:
+        """Takes the model out of Triton; a Triton that is gone has none."""
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await self._stub.RepositoryModelUnload(triton.RepositoryModelUnloadRequest(model_name=model))
+
+
+class TritonEngine:
+    """One policy version in Triton. Made by TritonHost.open."""
+
+    def __init__(self, host: TritonHost, checkpoint: Path, version: str) -> None:
+        self.card = PolicyCard()
+        self._host, self._checkpoint, self._version = host, checkpoint, version
+        self._model = model_name(version or checkpoint.name)
+        # The stream on which the model was last seen loaded.
+        self._seen_on: Stream | None = None
+        self._loading = asyncio.Lock()
+
+    async def describe(self) -> None:
+        """Loads the model and reads the card."""
+        self.card = PolicyCard.FromString(await self._call(b"", operation="describe"))
+
+    async def generate(
+        self, messages: Sequence[pb.Message], sampling: pb.Sampling, deadline: float | None = None
+    ) -> pb.Generation:
+        """See services.policy.engine.Engine."""
+        request = policy_pb2.GenerateRequest(messages=messages, sampling=sampling)
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        try:
+            async with asyncio.timeout(left):
+                answer = await self._call(request.SerializeToString(), operation="generate")
+        except TimeoutError as error:
+            raise Transient("the deadline has passed") from error
+        return policy_pb2.GenerateResponse.FromString(answer).generation
+
+    async def close(self) -> None:
+        """See services.policy.engine.Engine."""
+        await self._host.unload(self._model)
+
+    async def _call(self, body: bytes, operation: str) -> bytes:
+        stream = self._host.stream()
+        if self._seen_on is not stream:
+            async with self._loading:
+                if self._seen_on is not stream:
+                    await self._host.load(self._model, self._checkpoint, self._version)
+                    self._seen_on = stream
+        try:
+            return await stream.call(self._model, body, operation)
+        except ModelGoneError as error:
+            self._seen_on = None
+            raise Transient(str(error)) from error
+
+
+class ModelGoneError(Exception):
+    """Triton could not run the model."""
+
+
+class Stream:
+    """One bidirectional ModelStreamInfer call; answers find their requests by id."""
+
+    def __init__(self, stub: Any) -> None:
+        self.broken = False
+        # Unique among all clients of this Triton: the model finds the request to cancel by it.
+        self._ids = map(f"{uuid.uuid4().hex}-{{}}".format, itertools.count())
+        self._waiting: dict[str, asyncio.Future[bytes]] = {}
+        self._outbox: asyncio.Queue[triton.ModelInferRequest] = asyncio.Queue()
+        self._rpc = stub.ModelStreamInfer(self._requests())
+        self._reader = asyncio.get_running_loop().create_task(self._read())
+
+    async def call(self, model: str, body: bytes, operation: str) -> bytes:
+        """The serialized answer. When the awaiting task is cancelled, the model is told so."""
+        key = next(self._ids)
+        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._waiting[key] = answer
+        self._outbox.put_nowait(_request(model, key, body, operation))
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            if not self.broken:
+                self._outbox.put_nowait(_request(model, next(self._ids), key.encode(), "cancel"))
+            raise
+        finally:
+            self._waiting.pop(key, None)
+
+    async def close(self) -> None:
+        """Ends the call."""
+        self._rpc.cancel()
+        await asyncio.wait([self._reader])
+
+    async def _requests(self) -> Any:
+        while True:
+            yield await self._outbox.get()
+
+    async def _read(self) -> None:
+        try:
+            async for message in self._rpc:
+                self._answer(message)
+            error = "Triton closed the stream"
+        except (grpc.aio.AioRpcError, asyncio.CancelledError) as failure:
+            error = f"the stream to Triton broke: {failure}"
+        self.broken = True
+        for answer in self._waiting.values():
+            if not answer.done():
+                answer.set_exception(Transient(error))
+
+    def _answer(self, message: Any) -> None:
+        response = message.infer_response
+        answer = self._waiting.get(response.id)
+        if answer is None or answer.done():  # cancelled meanwhile
+            return
+        if message.error_message:
+            answer.set_exception(ModelGoneError(message.error_message))
+            return
+        tensors = {
+            output.name: content for output, content in zip(response.outputs, response.raw_output_contents, strict=True)
+        }
+        code, body = int.from_bytes(tensors["STATUS"], "little"), tensors["RESPONSE"]
+        if code == 0:
+            answer.set_result(body)
+        else:
+            kind = _ERRORS.get(code, RuntimeError)
+            answer.set_exception(kind(body.decode("utf-8", "replace")))
+
+
+def model_name(version: str) -> str:
+    """A Triton model name for a policy version."""
+    return "agentiad_policy." + re.sub(r"[^A-Za-z0-9_.-]", lambda match: f"~{ord(match[0]):x}", version)
+
+
+def _request(model: str, key: str, body: bytes, operation: str) -> triton.ModelInferRequest:
+    request = triton.ModelInferRequest(model_name=model, id=key, raw_input_contents=[body or b"\0"])
+    request.inputs.add(name="REQUEST", datatype="UINT8", shape=[len(body or b"\0")])
+    request.parameters["operation"].string_param = operation
+    return request
+
+
+def _parameters(settings: EngineSettings) -> dict[str, str]:
+    """The engine's settings by name, as EngineSettings reads them back."""
+    values = {name: getattr(settings, name) for name in EngineSettings.model_fields}
+    return {
+        name: ",".join(value) if isinstance(value, tuple) else str(value)
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def _config(model: str, parameters: dict[str, str]) -> str:
+    """The repository's configuration under another name and with these parameters, as the JSON that a load takes."""
+    config = text_format.Parse((_MODEL / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+    config.name = model
+    for name, value in parameters.items():
+        config.parameters[name].string_value = value
+    return json_format.MessageToJson(config, preserving_proto_field_name=True)
