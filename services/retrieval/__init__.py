@@ -1,0 +1,1 @@
+"""The exemplar library (Comparative Retriever): normal images of each category, found by likeness."""
