@@ -63,6 +63,7 @@ class Batch:
         """One more token for every row."""
         if not self.rows:
             return
+        self._slots.reserve(len(self.rows), max(row.length for row in self.rows) + 1)
         lengths = torch.tensor([[row.length] for row in self.rows])
         ids = torch.tensor([[row.ids[-1]] for row in self.rows])
         positions = torch.tensor([[row.next_position] for row in self.rows])
