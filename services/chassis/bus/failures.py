@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from services.chassis.bus import Event
+from services.chassis.bus import MAX_EVENT_BYTES, Event
 from services.chassis.topics import dlq, retry
 
 PREFIX = "agentiad-"
@@ -20,6 +20,7 @@ SOURCE_OFFSET = "agentiad-source-offset"
 GROUP = "agentiad-group"
 ATTEMPTS = "agentiad-attempts"
 FAILED_AT = "agentiad-failed-at"  # RFC 3339
+OMITTED_BYTES = "agentiad-omitted-bytes"  # of a value too large to publish again: it lies in the source only
 NOT_BEFORE = "agentiad-not-before"  # Unix seconds; retry records only
 
 MAX_REASON_CHARACTERS = 1000
@@ -65,7 +66,10 @@ class Retried:
 
 
 def dead_letter(event: Event, error: BaseException, group: str, now: float) -> Record:
-    return Record(dlq(event.topic), event.key, event.value, _failed(event, error, group, now))
+    headers = _failed(event, error, group, now)
+    if len(event.value) <= MAX_EVENT_BYTES:
+        return Record(dlq(event.topic), event.key, event.value, headers)
+    return Record(dlq(event.topic), event.key, b"", headers | {OMITTED_BYTES: str(len(event.value))})
 
 
 def retry_later(event: Event, error: BaseException, group: str, now: float, delay_s: float) -> Record:

@@ -35,7 +35,7 @@ LINGER_MS = 2
 BATCH_BYTES = 128 * 1024
 # A broker that restarts is back in seconds; longer than this and the publisher should hear of it.
 PUBLISH_DEADLINE_S = 30.0
-METADATA_DEADLINE_S = 10.0
+METADATA_DEADLINE_S = 5.0
 READ_POLL_MS = 200
 # Dead letters must outlive a plant's summer break; Kafka's default is a week.
 DLQ_RETENTION_MS = 60 * 24 * 3600 * 1000
@@ -63,6 +63,7 @@ class KafkaBus:
             "group_instance_id": group_instance_id,
             "max_poll_interval_ms": int(max_poll_interval_s * 1000),
             "session_timeout_ms": int(session_timeout_s * 1000),
+            "heartbeat_interval_ms": int(min(3.0, session_timeout_s / 3) * 1000),
         }
         self._grace_s = grace_s
         self._producer: KafkaProducer | None = None

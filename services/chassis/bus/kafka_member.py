@@ -60,6 +60,7 @@ class Member:
         self._thread = ThreadPoolExecutor(1, "kafka-consumer")
         self._next_commit = 0.0
         self._commit_failed = False
+        self._joining = False
 
     async def run(self, stop: asyncio.Event) -> None:
         consumer = await self._call(self._join)
@@ -78,10 +79,9 @@ class Member:
             raise self._dispatcher.failure
 
     async def _turn(self, consumer: KafkaConsumer) -> None:
-        room = self._dispatcher.room
-        if not room:
+        if not self._dispatcher.room and not self._joining:
             await self._dispatcher.wait(PAUSED_POLL_S)
-            room = self._dispatcher.room
+        room = self._dispatcher.room
         held = set(self._dispatcher.held)
         batches = await self._call(self._poll, consumer, held, room, self._due_commits())
         for records in batches.values():
@@ -139,14 +139,16 @@ class Member:
         paused = consumer.paused()
         consumer.resume(*(paused - to_pause))
         consumer.pause(*(to_pause - paused))
+        if _is_joining(consumer):
+            consumer._coordinator.request_rejoin()
         try:
-            batches: dict[TopicPartition, list[Any]] = consumer.poll(
-                int(POLL_S * 1000) if room else 0, max_records=room or 1
-            )
+            batches: dict[TopicPartition, list[Any]] = consumer.poll(int(POLL_S * 1000), max_records=room or 1)
         except RetriableError as error:
             # The client mends its connections itself; a broker that stays away is seen in the log, and in the lag.
             log.warning("poll failed", error=repr(error))
             return {}
+        finally:
+            self._joining = _is_joining(consumer)
         return batches
 
     def _committed(self, _offsets: Any, result: Any) -> None:
@@ -196,6 +198,15 @@ class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]
 
         asyncio.run_coroutine_threadsafe(coroutine, self._member.loop).add_done_callback(settle)
         return done
+
+
+def _is_joining(consumer: KafkaConsumer) -> bool:
+    """Whether a poll timed out while the member was (re)joining its group.
+
+    kafka-python 3.0.12 forgets such a join if changed metadata caused it (new partitions, or a first join before the topics
+    are known): the next poll finds nothing to do, no heartbeat is sent, and the member hangs for ever. Asking for the rejoin
+    again makes the next poll wait for the join under way. Java's client had the same bug (KAFKA-9815) and the same cure."""
+    return consumer._coordinator._join_task is not None
 
 
 def to_offsets(positions: Mapping[Source, int]) -> dict[TopicPartition, OffsetAndMetadata]:
