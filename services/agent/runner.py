@@ -6,18 +6,21 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 
 from agentiad.v1 import policy_pb2, retrieval_pb2, zoom_pb2
 from agentiad.v1 import trajectory_pb2 as pb
-from agentiad.v1.policy_pb2_grpc import PolicyServiceAsyncStub
-from agentiad.v1.retrieval_pb2_grpc import RetrievalServiceAsyncStub
-from agentiad.v1.zoom_pb2_grpc import ZoomServiceAsyncStub
 from services.agent import episode
 from services.chassis.errors import NotFound
 from services.chassis.rpc import from_rpc_error
+
+if TYPE_CHECKING:
+    # These exist for the type checker only.
+    from agentiad.v1.policy_pb2_grpc import PolicyServiceAsyncStub
+    from agentiad.v1.retrieval_pb2_grpc import RetrievalServiceAsyncStub
+    from agentiad.v1.zoom_pb2_grpc import ZoomServiceAsyncStub
 
 RequestT = TypeVar("RequestT")
 ResponseT = TypeVar("ResponseT")

@@ -5,34 +5,29 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 
 from agentiad.v1 import trajectory_pb2 as pb
+from services.agent import protocol
+from services.agent.episode import tools_used
 from services.chassis import telemetry
 from services.cli.inspect import add_exemplars, console, make_progress
 from services.cli.inspecting import Item, Outcome, inspect_all
-from services.cli.report import write_report
+from services.cli.page import Result, Summary
+from services.cli.report import write_report, write_trace
 from services.cli.rows import COLOURS, row
 from services.cli.stack import embedded
-from services.data.procedural import CATEGORIES, write_set
-from services.data.readers import Sample, read_manifest
+from services.data.procedural import CATEGORIES, TRAINING_VARIANTS, write_set
+from services.data.readers import Sample, read
 from services.evaluation.metrics import balanced_accuracy
 
 # Not even one turn: the policy's first look, and the verdict.
 NO_TOOLS = pb.Limits(max_turns=0, max_tool_calls=0, max_new_tokens=96)
+NOTE = "Parts that training never saw. Without the tools: the verdict after the first look, of the same policy."
 # More rows than this are shown by category only.
 MAX_ROWS = 80
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Balanced accuracy of the same parts, inspected with the tools and by the first look alone."""
-
-    with_tools: float
-    without_tools: float
 
 
 def run(parts: int, seed: int, model: Path | None, out: Path) -> None:
@@ -44,8 +39,10 @@ async def _run(parts: int, seed: int, model: Path | None, out: Path) -> None:
     if out.exists():
         shutil.rmtree(out)
     console.print(f"Making {parts} parts of each of {len(CATEGORIES)} categories, none of them seen in training…")
-    manifest = await asyncio.to_thread(write_set, out / "parts", per_category=parts, seed=seed)
-    samples = list(read_manifest(manifest))
+    manifest = await asyncio.to_thread(
+        write_set, out / "parts", per_category=parts, first_seed=TRAINING_VARIANTS + seed * 10_000
+    )
+    samples = read(manifest)
     items = [item_of(sample) for sample in samples if sample.split != "train"]
     async with embedded(out, [manifest.parent.resolve()], model) as stack:
         for category in CATEGORIES:
@@ -53,13 +50,18 @@ async def _run(parts: int, seed: int, model: Path | None, out: Path) -> None:
             added = await add_exemplars(stack, category, normals)
             console.print(f"[dim]Exemplar library: {added} normal parts of {category}[/dim]")
         with make_progress("Inspecting with the tools", len(items)) as progress:
-            outcomes = await inspect_all(stack.agent, stack.images, items, lambda _: progress.advance(task))
-            task = progress.add_task("… and without", total=len(items))
-            untooled = await inspect_all(stack.agent, stack.images, items, lambda _: progress.advance(task), NO_TOOLS)
-        page = await asyncio.to_thread(write_report, out, outcomes, stack.images)
+            first, second = progress.task_ids[0], progress.add_task("… and by the first look alone", total=len(items))
+            outcomes = await inspect_all(stack.agent, stack.images, items, lambda _: progress.advance(first))
+            untooled = await inspect_all(stack.agent, stack.images, items, lambda _: progress.advance(second), NO_TOOLS)
+        for outcome in outcomes:
+            write_trace(out, outcome)
+        results = [_result(category, outcomes, untooled) for category in CATEGORIES]
+        total = _result(None, outcomes, untooled)
+        summary = Summary("Demo: procedural parts", NOTE, tuple(results), total)
+        page = await asyncio.to_thread(write_report, out, outcomes, stack.images, summary)
     if len(outcomes) <= MAX_ROWS:
         console.print(_part_table(outcomes))
-    console.print(_category_table(outcomes, untooled))
+    console.print(_category_table([*results, total], outcomes))
     console.print(f"Look at the evidence: [bold]{page.resolve()}[/bold]")
 
 
@@ -85,19 +87,30 @@ def _part_table(outcomes: Sequence[Outcome]) -> Table:
     return table
 
 
-def _category_table(outcomes: Sequence[Outcome], untooled: Sequence[Outcome]) -> Table:
+def _result(category: str | None, outcomes: Sequence[Outcome], untooled: Sequence[Outcome]) -> Result:
+    mine = _of(category, outcomes)
+    return Result(category or "all", len(mine), _accuracy(mine), _accuracy(_of(category, untooled)))
+
+
+def _category_table(results: Sequence[Result], outcomes: Sequence[Outcome]) -> Table:
     table = Table("category", "parts", "with tools", "without", "zooms", "comparisons", title="Balanced accuracy")
-    for category in [*CATEGORIES, None]:
-        mine = [o for o in outcomes if category in (None, o.item.category)]
-        scores = Scores(_accuracy(mine), _accuracy([o for o in untooled if category in (None, o.item.category)]))
-        tools = [row("", o.inspection, None)["tools"] for o in mine if o.inspection]
-        zooms = sum("crop_image_normalized" in used for used in tools) / len(tools)
-        comparisons = sum("query_image" in used for used in tools) / len(tools)
+    for result in results:
+        mine = _of(None if result.name == "all" else result.name, outcomes)
+        tools = [tools_used(outcome.inspection.trajectory) for outcome in mine if outcome.inspection]
         table.add_row(
-            category or "[bold]all[/bold]", str(len(mine)), f"[bold]{scores.with_tools:.3f}[/bold]",
-            f"{scores.without_tools:.3f}", f"{zooms:.0%}", f"{comparisons:.0%}", end_section=category == CATEGORIES[-1],
+            result.name, str(result.parts), f"[bold]{result.with_tools:.3f}[/bold]", f"{result.without_tools:.3f}",
+            f"{_share(protocol.CROP, tools):.0%}", f"{_share(protocol.QUERY, tools):.0%}",
+            end_section=result.name == CATEGORIES[-1],
         )  # fmt: skip
     return table
+
+
+def _of(category: str | None, outcomes: Sequence[Outcome]) -> list[Outcome]:
+    return [outcome for outcome in outcomes if category in (None, outcome.item.category)]
+
+
+def _share(tool: str, used: Sequence[Sequence[str]]) -> float:
+    return sum(tool in tools for tools in used) / max(1, len(used))
 
 
 def _accuracy(outcomes: Sequence[Outcome]) -> float:

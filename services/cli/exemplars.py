@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agentiad.v1 import retrieval_pb2
-from agentiad.v1.retrieval_pb2_grpc import RetrievalServiceAsyncStub, RetrievalServiceStub
+from agentiad.v1.retrieval_pb2_grpc import RetrievalServiceStub
 from services.agent.settings import AgentSettings
 from services.chassis import rpc, telemetry
 from services.chassis.errors import BadInput
@@ -21,6 +22,10 @@ from services.chassis.images import ImageStore
 from services.chassis.settings import load
 from services.cli.inspect import console, make_progress
 from services.cli.inspecting import find_images
+
+if TYPE_CHECKING:
+    # These exist for the type checker only.
+    from agentiad.v1.retrieval_pb2_grpc import RetrievalServiceAsyncStub
 
 # Images a call: progress is seen, and a call stays well inside its deadline.
 BATCH = 16
@@ -104,7 +109,7 @@ async def _retrieval(data_dir: Path, roots: list[Path]) -> AsyncIterator[Retriev
     from services.retrieval.settings import RetrievalSettings
 
     console.print(f"[dim]Library in {data_dir}[/dim]")
-    settings = RetrievalSettings(data_dir=data_dir, image_roots=[str(root) for root in roots])
+    settings = RetrievalSettings(data_dir=data_dir, image_roots=tuple(map(str, roots)))
     socket = f"unix://{data_dir.resolve()}/exemplars.sock"
     async with hosted(settings) as servicer, rpc.serve(socket, [servicer]), rpc.channel(socket) as channel:
         yield RetrievalServiceStub(channel)

@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from google.protobuf import json_format
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -18,6 +17,7 @@ from rich.table import Table
 from agentiad.v1 import retrieval_pb2
 from services.chassis import telemetry
 from services.cli.inspecting import Item, Outcome, find_images, inspect_all
+from services.cli.report import write_report, write_trace
 from services.cli.rows import COLOURS, row
 from services.cli.stack import Stack, embedded
 
@@ -42,8 +42,6 @@ async def _run(
     if not files:
         console.print("There are no pictures in " + ", ".join(map(str, paths)))
         return []
-    traces = (out or data_dir) / "traces"
-    traces.mkdir(parents=True, exist_ok=True)
     with ExitStack() as closing:
         # With --normals the comparison is with these only: a library of their own, gone afterwards.
         library = Path(closing.enter_context(tempfile.TemporaryDirectory())) if normals else data_dir
@@ -57,7 +55,7 @@ async def _run(
 
             def show(outcome: Outcome) -> None:
                 progress.advance(progress.task_ids[0])
-                printed = as_row(outcome, write_trace(traces, outcome))
+                printed = as_row(outcome, write_trace(out or data_dir, outcome))
                 if as_json:
                     print(json.dumps(printed), flush=True)
                 else:
@@ -69,8 +67,6 @@ async def _run(
                 Console().print(table)
             _say_unknown(outcomes, category)
             if out:
-                from services.cli.report import write_report
-
                 console.print(f"Evidence: {write_report(out, outcomes, stack.images)}")
     return outcomes
 
@@ -98,15 +94,6 @@ def as_row(outcome: Outcome, trace: Path | None) -> dict[str, Any]:
     if outcome.inspection is None:
         return {"image": outcome.item.name, "error": outcome.error}
     return row(outcome.item.name, outcome.inspection, str(trace))
-
-
-def write_trace(directory: Path, outcome: Outcome) -> Path | None:
-    """The whole inspection as JSON; None where there is none."""
-    if outcome.inspection is None:
-        return None
-    path = directory / f"{outcome.inspection.event_id}.json"
-    path.write_text(json_format.MessageToJson(outcome.inspection, preserving_proto_field_name=True), encoding="utf-8")
-    return path
 
 
 def _cells(printed: dict[str, Any]) -> list[str]:

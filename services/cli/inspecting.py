@@ -7,15 +7,19 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 
 from agentiad.v1 import agent_pb2, events_pb2
 from agentiad.v1 import trajectory_pb2 as pb
-from agentiad.v1.agent_pb2_grpc import AgentServiceAsyncStub
 from services.chassis.errors import BadInput, Exhausted, Transient
 from services.chassis.images import ImageStore
 from services.chassis.rpc import deadline, from_rpc_error
+
+if TYPE_CHECKING:
+    # These exist for the type checker only.
+    from agentiad.v1.agent_pb2_grpc import AgentServiceAsyncStub
 
 # What a folder is searched for; a file that is named itself is always tried.
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})

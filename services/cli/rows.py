@@ -6,12 +6,8 @@ from typing import Any
 
 from agentiad.v1 import events_pb2
 from services.agent import episode, protocol
+from services.cli.story import DECISIONS
 
-DECISIONS = {
-    events_pb2.DECISION_PASS: "pass",
-    events_pb2.DECISION_REJECT: "reject",
-    events_pb2.DECISION_REVIEW: "review",
-}
 COLOURS = {"pass": "green", "reject": "red", "review": "yellow"}
 
 

@@ -7,13 +7,19 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from agentiad.v1.agent_pb2_grpc import AgentServiceAsyncStub, AgentServiceStub
-from agentiad.v1.retrieval_pb2_grpc import RetrievalServiceAsyncStub, RetrievalServiceStub
+from agentiad.v1.agent_pb2_grpc import AgentServiceStub
+from agentiad.v1.retrieval_pb2_grpc import RetrievalServiceStub
 from services.chassis import rpc
 from services.chassis.images import ImageStore
+
+if TYPE_CHECKING:
+    # These exist for the type checker only.
+    from agentiad.v1.agent_pb2_grpc import AgentServiceAsyncStub
+    from agentiad.v1.retrieval_pb2_grpc import RetrievalServiceAsyncStub
 
 
 @dataclass(frozen=True)
@@ -44,18 +50,18 @@ async def embedded(
     from services.zoom import service as zoom_service
     from services.zoom.settings import ZoomSettings
 
-    roots = [str(root) for root in image_roots]
+    roots = tuple(str(root) for root in image_roots)
     store = str(data_dir / "images")
-    model_setting = {} if model is None else {"checkpoint": model}
+    chosen: dict[str, Any] = {} if model is None else {"checkpoint": str(model)}
     async with AsyncExitStack() as closing:
         # A short path: unix sockets allow about 100 characters.
         folder = closing.enter_context(tempfile.TemporaryDirectory(prefix="agentiad-"))
         address = f"unix://{folder}/stack.sock"
-        images = {"image_roots": roots, "image_store": store, "data_dir": data_dir}
+        images: dict[str, Any] = {"image_roots": roots, "image_store": store, "data_dir": data_dir}
         tools = [
             await closing.enter_async_context(hosted)
             for hosted in (
-                policy_service.hosted(PolicySettings(**images, **model_setting)),
+                policy_service.hosted(PolicySettings(**images, **chosen)),
                 zoom_service.hosted(ZoomSettings(**images)),
                 retrieval_service.hosted(RetrievalSettings(**{**images, "data_dir": library or data_dir})),
             )
