@@ -124,9 +124,7 @@ class ExemplarLibrary:
             server_manager_instance.release_server(self._uri)
 
     def _prepare(self, dimension: int) -> None:
-        if not self._ask(self._client.has_collection):
-            self._create(dimension)
-            return
+        self._open(dimension)
         rows = self._query("", ["encoder"], 1)
         if rows and rows[0]["encoder"] != self._encoder:
             raise LibraryError(
@@ -138,21 +136,20 @@ class ExemplarLibrary:
         if int(length) != dimension:
             # Empty, and made for vectors of another length.
             self._ask(self._client.drop_collection)
-            self._create(dimension)
+            self._open(dimension)
 
-    def _create(self, dimension: int) -> None:
-        schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
-        schema.add_field("id", DataType.VARCHAR, max_length=128, is_primary=True)
-        for name, length in {**_DIGESTS, **_TEXTS}.items():
-            schema.add_field(name, DataType.VARCHAR, max_length=length)
-        for name in ("width", "height"):
-            schema.add_field(name, DataType.INT64)
-        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dimension)
-        index = MilvusClient.prepare_index_params()
-        # AUTOINDEX is what a cluster, a server and milvus-lite all have; the rest is theirs to choose.
-        index.add_index("vector", index_type="AUTOINDEX", metric_type="COSINE")
-        # Strong: an exemplar is found as soon as its addition was answered, by any replica.
-        self._ask(self._client.create_collection, schema=schema, index_params=index, consistency_level="Strong")
+    def _open(self, dimension: int) -> None:
+        """Each step is made where it is missing: whoever was here before may have died between two."""
+        if not self._ask(self._client.has_collection):
+            # Strong: an exemplar is found as soon as its addition was answered, by any replica.
+            self._ask(self._client.create_collection, schema=_schema(dimension), consistency_level="Strong")
+        if not self._ask(self._client.list_indexes):
+            index = MilvusClient.prepare_index_params()
+            # AUTOINDEX is what a cluster, a server and milvus-lite all have; the rest is theirs to choose. Nothing to
+            # wait for (sync) while it is empty, and waiting takes a call that milvus-lite has not.
+            index.add_index("vector", index_type="AUTOINDEX", metric_type="COSINE")
+            self._ask(self._client.create_index, index_params=index, sync=False)
+        self._ask(self._client.load_collection)
 
     def _row(self, category: str, image: ImageReference, vector: Vector) -> dict[str, Any]:
         _check_sha256(image.sha256)
@@ -203,6 +200,17 @@ class ExemplarLibrary:
             # A server that was restarted has the collection on disk only, until somebody asks for it.
             self._client.load_collection(COLLECTION, timeout=timeout)
             return method(COLLECTION, timeout=timeout, **arguments)
+
+
+def _schema(dimension: int) -> Any:
+    schema = MilvusClient.create_schema(auto_id=False, enable_dynamic_field=False)
+    schema.add_field("id", DataType.VARCHAR, max_length=128, is_primary=True)
+    for name, length in {**_DIGESTS, **_TEXTS}.items():
+        schema.add_field(name, DataType.VARCHAR, max_length=length)
+    for name in ("width", "height"):
+        schema.add_field(name, DataType.INT64)
+    schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dimension)
+    return schema
 
 
 def _connected(uri: str, token: str) -> MilvusClient:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import DirectoryPath, Field, SecretStr, field_validator
 
 from services.chassis.settings import Address, ImageSettings, RpcSettings
 
@@ -15,7 +15,7 @@ class RetrievalSettings(RpcSettings, ImageSettings):
     # http(s)://HOST:PORT of a Milvus server or cluster, or PATH.db: the library in this process (milvus-lite).
     milvus_uri: str = Field(default_factory=lambda data: str(data["data_dir"] / "exemplars.db"))
     milvus_token: SecretStr = SecretStr("")  # USER:PASSWORD or an API key
-    encoder: Path = POCKET  # folder of a policy, or of any transformers vision model
+    encoder: DirectoryPath = POCKET  # folder of a policy, or of any transformers vision model
     max_queued: int = Field(default=64, ge=1)  # images that wait for the encoder; more are refused
 
     @field_validator("milvus_uri")
