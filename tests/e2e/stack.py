@@ -23,12 +23,13 @@ from tests.harness.process import free_port
 
 @dataclass
 class Stack:
-    """`parts`: pictures that nobody has inspected yet. `agents`: the processes that share the work."""
+    """`parts`: pictures that nobody has inspected yet. `normals`: what the library holds. `agents`: their processes."""
 
     bus: Bus
     images: ImageStore
     folder: Path
     parts: list[Sample]
+    normals: list[Sample]
     agents: list[Child]
     environment: Mapping[str, str]
     running: AsyncExitStack = field(repr=False)
@@ -91,7 +92,7 @@ async def stack(folder: Path, settings: Mapping[str, str], *, per_category: int,
                 request = retrieval_pb2.AddExemplarsRequest(category=category, images=references)
                 await RetrievalServiceStub(channel).AddExemplars(request)
         parts = [sample for sample in samples if sample.split != "train"]
-        made = Stack(bus, images, folder, parts, [], environment, running)
+        made = Stack(bus, images, folder, parts, normals, [], environment, running)
         for _ in range(agents):
             await made.start_agent()
         yield made

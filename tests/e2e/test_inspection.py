@@ -33,7 +33,7 @@ async def plant(request: pytest.FixtureRequest, tmp_path: Path, redis_url: str) 
             yield made
         return
     settings["KAFKA_BOOTSTRAP_SERVERS"] = request.getfixturevalue("kafka")
-    settings["TRITON_URL"] = request.getfixturevalue("triton").address
+    settings |= {"ENGINE_HOST": "triton", "TRITON_URL": request.getfixturevalue("triton")}
     with milvus() as uri:
         settings["MILVUS_URI"] = uri
         async with stack(tmp_path, settings, per_category=EVENTS // 4, agents=2) as made:
