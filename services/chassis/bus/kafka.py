@@ -35,6 +35,9 @@ LINGER_MS = 2
 BATCH_BYTES = 128 * 1024
 # A broker that restarts is back in seconds; longer than this and the publisher should hear of it.
 PUBLISH_DEADLINE_S = 30.0
+# kafka-python would wait up to 30 s between attempts, long after a restarted broker is back.
+RECONNECT_MS = 1000
+REQUEST_DEADLINE_S = 10.0
 METADATA_DEADLINE_S = 5.0
 READ_POLL_MS = 200
 # Dead letters must outlive a plant's summer break; Kafka's default is a week.
@@ -56,8 +59,12 @@ class KafkaBus:
         max_poll_interval_s: float = 300.0,
         session_timeout_s: float = 45.0,
         grace_s: float = 5.0,
+        publish_deadline_s: float = PUBLISH_DEADLINE_S,
     ) -> None:
-        self._common = {"bootstrap_servers": servers.split(",")}
+        self._common = {
+            "bootstrap_servers": servers.split(","),
+            "reconnect_backoff_max_ms": RECONNECT_MS,
+        }
         self._policy = retry_policy or RetryPolicy()
         self._membership = {
             "group_instance_id": group_instance_id,
@@ -66,6 +73,7 @@ class KafkaBus:
             "heartbeat_interval_ms": int(min(3.0, session_timeout_s / 3) * 1000),
         }
         self._grace_s = grace_s
+        self._publish_deadline_s = publish_deadline_s
         self._producer: KafkaProducer | None = None
         self._starting = asyncio.Lock()
         self._known: set[str] = set()
@@ -102,7 +110,7 @@ class KafkaBus:
 
     async def close(self) -> None:
         if self._producer is not None:
-            await asyncio.to_thread(self._producer.close, PUBLISH_DEADLINE_S)
+            await asyncio.to_thread(self._producer.close, self._publish_deadline_s)
 
     async def _send(self, record: Record) -> None:
         producer = await self._ready(record.topic)
@@ -152,10 +160,10 @@ class KafkaBus:
             if self._producer is None:
                 self._producer = KafkaProducer(
                     **self._common,
-                    delivery_timeout_ms=int(PUBLISH_DEADLINE_S * 1000),
-                    request_timeout_ms=10_000,
+                    delivery_timeout_ms=int(self._publish_deadline_s * 1000),
+                    request_timeout_ms=int(min(REQUEST_DEADLINE_S, self._publish_deadline_s / 2) * 1000),
                     max_block_ms=int(METADATA_DEADLINE_S * 1000),
-                    bootstrap_timeout_ms=int(PUBLISH_DEADLINE_S * 1000),
+                    bootstrap_timeout_ms=int(self._publish_deadline_s * 1000),
                     allow_auto_create_topics=False,
                     linger_ms=LINGER_MS,
                     batch_size=BATCH_BYTES,

@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 from kafka import AsyncConsumerRebalanceListener, KafkaConsumer, TopicPartition
-from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.errors import KafkaError, RetriableError
 from kafka.future import Future
 from kafka.structs import OffsetAndMetadata
@@ -27,6 +26,7 @@ from kafka.structs import OffsetAndMetadata
 from services.chassis.bus import Event
 from services.chassis.bus.delivery import Delivery
 from services.chassis.bus.dispatcher import PREFETCH, Dispatcher, Source
+from services.chassis.bus.kafka_assignor import PerTopicStickyAssignor
 from services.chassis.errors import Transient
 from services.chassis.telemetry import log
 from services.chassis.topics import retry
@@ -122,7 +122,7 @@ class Member:
                 allow_auto_create_topics=False,
                 isolation_level="read_committed",  # a plant may publish in transactions
                 max_poll_records=PREFETCH,
-                partition_assignment_strategy=[CooperativeStickyAssignor()],
+                partition_assignment_strategy=[PerTopicStickyAssignor()],
             )
         except KafkaError as error:
             raise Transient(f"no answer from Kafka: {error!r}") from error
@@ -203,9 +203,10 @@ class _Listener(AsyncConsumerRebalanceListener):  # type: ignore[misc]
 def _is_joining(consumer: KafkaConsumer) -> bool:
     """Whether a poll timed out while the member was (re)joining its group.
 
-    kafka-python 3.0.12 forgets such a join if changed metadata caused it (new partitions, or a first join before the topics
-    are known): the next poll finds nothing to do, no heartbeat is sent, and the member hangs for ever. Asking for the rejoin
-    again makes the next poll wait for the join under way. Java's client had the same bug (KAFKA-9815) and the same cure."""
+    kafka-python 3.0.12 forgets such a join if changed metadata caused it (new partitions, or a first join before the
+    topics are known): the next poll finds nothing to do, no heartbeat is sent, and the member hangs for ever. Asking
+    for the rejoin again makes the next poll wait for the join under way. Java's client had the same bug (KAFKA-9815)
+    and the same cure."""
     return consumer._coordinator._join_task is not None
 
 
