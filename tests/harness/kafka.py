@@ -16,7 +16,8 @@ JARS = ROOT / ".cache" / "kafka"
 HOW_TO = "run `make test-tools` (it installs Java and Maven from the distribution and fetches the jars)"
 START_DEADLINE_S = 60.0
 
-# One node keeps everything itself; a group's first members need not wait for more to come.
+# One node keeps everything itself; a group's first members need not wait for more to come; and a broker that was killed
+# may come back as soon as its session is over.
 _PROPERTIES = """
 process.roles=broker,controller
 node.id=1
@@ -36,6 +37,8 @@ transaction.state.log.min.isr=1
 share.coordinator.state.topic.num.partitions=1
 share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
+broker.session.timeout.ms=2000
+broker.heartbeat.interval.ms=500
 group.initial.rebalance.delay.ms=0
 group.min.session.timeout.ms=1000
 """

@@ -64,6 +64,7 @@ class KafkaBus:
         self._common = {
             "bootstrap_servers": servers.split(","),
             "reconnect_backoff_max_ms": RECONNECT_MS,
+            "bootstrap_timeout_ms": int(publish_deadline_s * 1000),
         }
         self._policy = retry_policy or RetryPolicy()
         self._membership = {
@@ -163,14 +164,13 @@ class KafkaBus:
                     delivery_timeout_ms=int(self._publish_deadline_s * 1000),
                     request_timeout_ms=int(min(REQUEST_DEADLINE_S, self._publish_deadline_s / 2) * 1000),
                     max_block_ms=int(METADATA_DEADLINE_S * 1000),
-                    bootstrap_timeout_ms=int(self._publish_deadline_s * 1000),
                     allow_auto_create_topics=False,
                     linger_ms=LINGER_MS,
                     batch_size=BATCH_BYTES,
                 )
             self._producer.partitions_for(topic)
         except KafkaTimeoutError as error:
-            if self._is_missing(topic):
+            if self._producer is not None and self._is_missing(topic):
                 raise LookupError(f"topic {topic} does not exist: create it with ensure_topics") from error
             raise Transient(f"no answer from Kafka: {error}") from error
         except KafkaError as error:
