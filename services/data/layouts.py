@@ -23,6 +23,7 @@ LAYOUT_DEFECTS = {
 }
 
 _KINDS = {"pin_board": ("pin", "pad", "bush", "post"), "circuit": ("chip", "resistor", "capacitor", "diode")}
+_BASES = {"pin_board": (120, 120, 130), "circuit": (60, 110, 80), "stamped_plate": (150, 148, 142)}
 _MARGIN = 34  # keeps elements whole when a unit is shifted and turned
 _STROKE_GRID = 4  # a stamp's strokes join points of a grid of this many by this many
 
@@ -56,14 +57,13 @@ class Layout:
 
 def make_layout(category: str, rng: np.random.Generator) -> Layout:
     """Draws a variant: colour, decorations and 9 to 15 elements (one stamp on a stamped plate)."""
-    base = np.array({"pin_board": (120, 120, 130), "circuit": (60, 110, 80), "stamped_plate": (150, 148, 142)}[category])
-    background = tuple(float(value) for value in np.clip(base + rng.uniform(-34, 34, 3), 30, 200))
+    red, green, blue = np.clip(np.array(_BASES[category]) + rng.uniform(-34, 34, 3), 30, 200).tolist()
     elements: list[Element] = []
     for _ in range(1 if category == "stamped_plate" else int(rng.integers(9, 16))):
         element = _free_element(category, rng, elements)
         if element is not None:
             elements.append(element)
-    return Layout(category, background, _decorations(category, rng), tuple(elements))
+    return Layout(category, (red, green, blue), _decorations(category, rng), tuple(elements))
 
 
 def spoil(layout: Layout, defect: str, rng: np.random.Generator) -> tuple[Layout, Bounds]:
@@ -141,13 +141,13 @@ def _decorations(category: str, rng: np.random.Generator) -> tuple[tuple[str, in
     for _ in range(int(rng.integers(2, 4))):
         x, y = (int(value) for value in rng.integers(0, SIZE - 110, 2))
         width, height = (int(value) for value in rng.integers(70, 190, 2))
-        items.append(("field", x, y, min(x + width, SIZE), min(y + height, SIZE), _shade(rng, 14, 30)))
-    for _ in range(int(rng.integers(4, 8))):
+        items.append(("field", x, y, min(x + width, SIZE), min(y + height, SIZE), _shade(rng, 20, 36)))
+    for _ in range(int(rng.integers(6, 10))):
         x1, y1, x2, y2 = (int(value) for value in rng.integers(10, SIZE - 10, 4))
         corner = (x2, y1) if rng.integers(2) else (x1, y2)
-        items.append(("trace", x1, y1, *corner, _shade(rng, 22, 45)))
+        items.append(("trace", x1, y1, *corner, _shade(rng, 28, 50)))
     if category == "stamped_plate":
-        for _ in range(int(rng.integers(3, 6))):
+        for _ in range(int(rng.integers(6, 10))):
             x, y = (int(value) for value in rng.integers(20, SIZE - 20, 2))
             items.append(("hole", x, y, int(rng.integers(7, 14)), 0, -int(rng.integers(50, 90))))
     return tuple(items)
@@ -206,7 +206,11 @@ def _resistor(image: Colour, element: Element) -> None:
 def _diode(image: Colour, element: Element) -> None:
     bounds = element.bounds
     _rectangle(image, bounds, (190, 70, 40))
-    half = (bounds[0], bounds[1], bounds[2], element.y) if element.upright else (bounds[0], bounds[1], element.x, bounds[3])
+    half = (
+        (bounds[0], bounds[1], bounds[2], element.y)
+        if element.upright
+        else (bounds[0], bounds[1], element.x, bounds[3])
+    )
     _rectangle(image, half, (235, 225, 215))
 
 

@@ -6,10 +6,14 @@ What is done first never depends on the label where the first view cannot tell. 
 from dataclasses import dataclass
 
 import numpy as np
-from agentiad.v1 import trajectory_pb2 as pb
+from PIL import Image
 
+from agentiad.v1 import trajectory_pb2 as pb
 from services.data import procedural
+from services.data.layouts import LAYOUTS
+from services.data.readers import Sample
 from services.data.trajectories import Box, Demonstration, Demonstrator, Subject, random_place
+from services.zoom.registration import register
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Shares:
     zoom_no_difference: float = 0.25  # after one that shows nothing
     wrong_exemplar: float = 0.03  # retrieval brings another design: it cannot be aligned
     no_exemplar: float = 0.02
+    strange_name: float = 0.05  # of a category: products that the policy has never heard of come too
 
 
 def demonstrate(
@@ -53,22 +58,49 @@ def demonstrate(
     return inspector.answer()
 
 
-def single_pass(subject: Subject, rng: np.random.Generator, view: pb.ComparisonView.ValueType, name: str) -> Demonstration:
+def single_pass(
+    subject: Subject, rng: np.random.Generator, view: pb.ComparisonView.ValueType, name: str
+) -> Demonstration:
     """Look and answer, no tools: what the tools are measured against."""
     return Demonstrator(subject, rng, view, name).answer()
 
 
-def subject_of(part: procedural.Part, rng: np.random.Generator, shares: Shares) -> Subject:
+def subject_of_part(part: procedural.Part, rng: np.random.Generator, shares: Shares) -> Subject:
     """The part with a normal unit of its variant beside it; sometimes with a wrong one or none, as happens at work."""
-    exemplar = None
     draw = rng.uniform()
-    if draw >= shares.no_exemplar:
-        variant = part.variant + 1 if draw < shares.no_exemplar + shares.wrong_exemplar else part.variant
-        seed = procedural.exemplar_seed(part.seed)
-        exemplar = procedural.make_part(part.category, seed, variant, None, smudged=False).image
-    visible = part.category not in procedural.layouts.LAYOUTS
-    defects = tuple((defect.type, defect.box) for defect in part.defects)
-    return Subject(part.image, part.category, defects, part.benign, part.landmark, exemplar, visible)
+    variant = part.variant + 1 if draw < shares.no_exemplar + shares.wrong_exemplar else part.variant
+
+    def exemplar() -> Image.Image:
+        return procedural.make_part(
+            part.category, procedural.exemplar_seed(part.seed), variant, None, smudged=False
+        ).image
+
+    return Subject(
+        part.image,
+        _strange_name(rng) if rng.uniform() < shares.strange_name else part.category,
+        tuple((defect.type, defect.box) for defect in part.defects),
+        part.benign,
+        part.landmark,
+        None if draw < shares.no_exemplar else exemplar,
+        visible=part.category not in LAYOUTS,
+    )
+
+
+def subject_of_sample(sample: Sample, rng: np.random.Generator) -> Subject:
+    """A picture from disk. Where its reference can be aligned, the comparison is the way; else a closer look."""
+    image, reference = sample.open(), sample.open_reference()
+    visible = reference is None or not register(image, reference).registered
+    defects = tuple((defect.type, defect.box) for defect in sample.defects)
+    # No set marks what is benign, so a look at a normal surface goes anywhere: else a look would give the label away.
+    benign = (random_place(rng),) if visible and not defects else ()
+    return Subject(
+        image, sample.category, defects, benign, None, None if reference is None else lambda: reference, visible
+    )
+
+
+def _strange_name(rng: np.random.Generator) -> str:
+    letters = rng.choice(list("abcdefghijklmnopqrstuvwxyz_"), int(rng.integers(3, 14)))
+    return "".join(letters)
 
 
 def _forced(inspector: Demonstrator, rng: np.random.Generator) -> Demonstration:

@@ -48,7 +48,7 @@ class Part:
 
 
 def make_part(category: str, seed: int, variant: int, defect: str | None, smudged: bool | None = None) -> Part:
-    """One part. Units of one `variant` share a design and differ by `seed`; `smudged` None draws it by the usual share."""
+    """One part. Units of one `variant` share a design and differ by `seed`; `smudged` None: by the usual share."""
     if category not in DEFECTS or (defect is not None and defect not in DEFECTS[category]):
         raise ValueError(f"there is no defect {defect!r} of category {category!r}")
     lot = np.random.default_rng([zlib.crc32(category.encode()), variant])
@@ -90,7 +90,7 @@ def write_set(
     variants_per_category: int = 8,
     first_seed: int = TRAINING_VARIANTS,
 ) -> Path:
-    """Writes an MVTec-like tree of held-out parts (`category/train/good`, `category/test/<type>`) and its manifest.jsonl.
+    """Writes an MVTec-like tree of held-out parts (`category/train/good`, `category/test/<type>`) and its manifest.
 
     Every variant has one exemplar in train/good. Returns the manifest's path.
     """
@@ -141,10 +141,10 @@ def _texture_part(
         tile, extent = textures.mark(kind, unit, soft=defect is None)
         x, y = unit.uniform(20, SIZE - 20, 2)
         textures.put(grey, tile, x, y)
-        half = extent / 2 + (1.5 if defect else 3.5)
+        half = extent / 2 + (2.0 if defect else 3.0)
         box = _normalised((x - half, y - half, x + half, y + half))
         defects, benign = ((PartDefect(defect, box),), ()) if defect else ((), (box,))
-    pixels = np.clip(grey[:, :, None] * (tint * np.float32(unit.uniform(0.94, 1.06))), 0, 255).astype(np.uint8)
+    pixels = cv2.convertScaleAbs(grey[:, :, None] * (tint * np.float32(unit.uniform(0.94, 1.06))))
     return Part(Image.fromarray(pixels), category, variant, seed, defects, benign)
 
 
@@ -174,7 +174,7 @@ def _layout_part(
         moved += dust[:, :, None]
         half = extent / 2 + 3.5
         benign = (_normalised((x - half, y - half, x + half, y + half)),)
-    pixels = np.clip(moved, 0, 255).astype(np.uint8)
+    pixels = cv2.convertScaleAbs(np.maximum(moved, 0, out=moved))
     defects = () if defect is None or bounds is None else (PartDefect(defect, _moved(bounds, matrix)),)
     landmark = _moved(layout.elements[0].bounds, matrix) if category == "stamped_plate" else None
     return Part(Image.fromarray(pixels), category, variant, seed, defects, benign, landmark)

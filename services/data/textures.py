@@ -1,8 +1,10 @@
 """Procedural texture materials and the marks on them. Grey float images; pure.
 
-A defect is a fine mark. A benign smudge is the same drawing, blurred about as much as a 4-fold shrink blurs: both carry the
-same total darkness, so that the first view (96 px) shows the same smudge and only a crop tells them apart.
+A benign smudge is a blurred drawing. A defect is such a smudge with the drawing's fine detail on top, which a 4-fold
+shrink takes away: the first view (96 px) shows the same smudge, of the same total darkness; only a crop tells.
 """
+
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -16,11 +18,20 @@ TEXTURES = ("brushed_metal", "woven", "dotted_board")
 MARKS = ("scratch", "dent", "spots")
 
 _TILE = 48  # a mark is drawn on a tile of this size: its largest extent of 24 px plus room for the blur
+_DETAIL = 1.4  # gain of a defect's fine detail
 _OVERSAMPLING = 4  # drawn larger and shrunk, so that thin lines have soft, sub-pixel edges
 
 
-def noise(rng: np.random.Generator, shape: tuple[int, int] = (SIZE, SIZE)) -> Grey:
-    return rng.standard_normal(shape, dtype=np.float32)
+def noise(rng: np.random.Generator) -> Grey:
+    """Normal noise [SIZE, SIZE]: a window of a larger field, which takes a tenth of the time of fresh noise."""
+    field = _noise_field()
+    y, x = (int(value) for value in rng.integers(0, len(field) - SIZE, 2))
+    return field[y : y + SIZE, x : x + SIZE]
+
+
+@lru_cache(maxsize=1)
+def _noise_field() -> Grey:
+    return np.random.default_rng(0).standard_normal((4 * SIZE, 4 * SIZE), dtype=np.float32)
 
 
 def texture(name: str, lot: np.random.Generator, unit: np.random.Generator) -> Grey:
@@ -41,13 +52,16 @@ def texture(name: str, lot: np.random.Generator, unit: np.random.Generator) -> G
 
 
 def mark(kind: str, rng: np.random.Generator, soft: bool) -> tuple[Grey, float]:
-    """Darkness to subtract [_TILE, _TILE] and the mark's extent in pixels (13 to 24). `soft` makes it a benign smudge."""
+    """Darkness to subtract [_TILE, _TILE] and the mark's extent in pixels (13 to 24). `soft`: a benign smudge."""
     extent = rng.uniform(13, 24)
     drawn = cv2.resize(_draw(kind, extent, rng), (_TILE, _TILE), interpolation=cv2.INTER_AREA)
-    blur = rng.uniform(1.9, 2.5) if soft else 0.45
-    drawn = cv2.GaussianBlur(drawn, (0, 0), blur)
-    # The same total for every kind, soft or sharp: only its distribution differs.
-    return (drawn * np.float32(rng.uniform(2300, 3300) / drawn.sum())).astype(np.float32), extent
+    drawn = cv2.GaussianBlur(drawn, (0, 0), 0.45)  # the lens
+    smudge = cv2.GaussianBlur(drawn, (0, 0), rng.uniform(1.6, 2.2))
+    scale = np.float32(rng.uniform(2300, 3300) / drawn.sum())
+    # The detail sums to zero and lies above what a 4-fold shrink lets through (AUROC of the best local statistic of the
+    # first view 0.68, of the crop 0.99).
+    detail = 0.0 if soft else _DETAIL * (drawn - cv2.GaussianBlur(drawn, (0, 0), 1.0))
+    return ((smudge + detail) * scale).astype(np.float32), extent
 
 
 def put(image: Grey, tile: Grey, x: float, y: float) -> None:

@@ -5,14 +5,15 @@ exactly what the policy meets at work. Invariants: boxes and verdicts come from 
 depends on the label; a crop that misses on purpose is never imitated, only what mends it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 import numpy as np
-from agentiad.v1 import trajectory_pb2 as pb
-from agentiad.v1.policy_pb2 import PolicyCard
 from PIL import Image
 
+from agentiad.v1 import trajectory_pb2 as pb
+from agentiad.v1.policy_pb2 import PolicyCard
 from services.agent import episode, protocol
 from services.data import words
 from services.zoom import compare, crop
@@ -53,7 +54,8 @@ class Subject:
     benign: tuple[Box, ...] = ()
     # The one place that is worth a look on every part of this kind.
     landmark: Box | None = None
-    exemplar: Image.Image | None = None
+    # Makes or opens a normal part; called only when the inspector asks for one.
+    exemplar: Callable[[], Image.Image] | None = None
     # The defects can be told from one picture, given a close look.
     visible: bool = True
 
@@ -82,6 +84,7 @@ class Demonstrator:
         for kind, box in subject.defects:
             truth.defects.add(type=kind, box=_proto(box))
         self.demonstration = Demonstration(trajectory, truth)
+        self._exemplar: Image.Image | None = None
         self._registration: Registration | None = None
         self._show(subject.image, WHOLE, compared=False)
 
@@ -145,11 +148,10 @@ class Demonstrator:
         self._observe(pb.Observation(region=_proto(region)), image, compared=False)
 
     def _observe_comparison(self, box: Box | None) -> None:
-        exemplar = self.subject.exemplar
-        if exemplar is None:
-            words_of_agent = f"There is no normal image of {self.subject.category}."
-            self._add(pb.Observation(tool_error=words_of_agent))
+        if self.subject.exemplar is None:
+            self._add(pb.Observation(tool_error=f"There is no normal image of {self.subject.category}."))
             return
+        exemplar = self._exemplar = self._exemplar or self.subject.exemplar()
         found = self._registration or register(self.subject.image, exemplar)
         composite = self.demonstration.trajectory.comparison_view == pb.COMPARISON_VIEW_COMPOSITE
         view = compare.View.COMPOSITE if composite else compare.View.SIDE_BY_SIDE

@@ -1,7 +1,7 @@
 """Trajectories → examples → padded batches, through the same renderer as at work.
 
-Invariant: a weight above zero stands only on tokens that the policy itself chooses: never on a prompt, an observation or the
-forced opening of a turn.
+Invariant: a weight above zero stands only on tokens that the policy itself chooses: never on a prompt, an observation
+or the forced opening of a turn.
 """
 
 import re
@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from agentiad.v1 import trajectory_pb2 as pb
 from PIL import Image
 from torch import Tensor
 
+from agentiad.v1 import trajectory_pb2 as pb
 from services.trainer.settings import TokenWeights
 from services.vlm.render import Renderer, TokenChunk
 
@@ -57,7 +57,8 @@ class PixelCodec:
     def pack(self, pixel_values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
         """[n, channels x frames x area] → [n, channels x area]; an image's frames are copies of one."""
         first = pixel_values.reshape(len(pixel_values), -1, self.frames, self.area)[:, :, 0]
-        return np.rint(first * self._scale + self._shift).clip(0, 255).astype(np.uint8).reshape(len(first), -1)
+        levels: npt.NDArray[np.uint8] = np.rint(first * self._scale + self._shift).clip(0, 255).astype(np.uint8)
+        return levels.reshape(len(first), -1)
 
     def unpack(self, patches: npt.NDArray[np.uint8]) -> Tensor:
         values = (patches.reshape(len(patches), -1, self.area) - self._shift) / self._scale
@@ -73,7 +74,7 @@ def encode(
     codec: PixelCodec,
     weights: TokenWeights,
 ) -> Example:
-    """`images` in the order in which the episode shows them; `imitate` says of each assistant turn whether to learn it."""
+    """`images` in the order in which the episode shows them; `imitate`: of each assistant turn, is it to be learnt."""
     messages = [turn.message for turn in trajectory.turns]
     chunks = renderer.render(messages, open_end=False)
     pixels = renderer.pixels(images)
@@ -135,9 +136,7 @@ def text_weights(text: str, offsets: Sequence[tuple[int, int]], weights: TokenWe
     ]
 
 
-def _said(
-    messages: Sequence[pb.Message], imitate: Sequence[bool], renderer: Renderer, weights: TokenWeights
-) -> Any:
+def _said(messages: Sequence[pb.Message], imitate: Sequence[bool], renderer: Renderer, weights: TokenWeights) -> Any:
     """Weights of each assistant chunk in turn: the segments of a message, then its end of turn."""
     turns = [message for message in messages if message.role == pb.ROLE_ASSISTANT]
     for message, learn in zip(turns, imitate, strict=True):

@@ -10,43 +10,79 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import torch
-from agentiad.v1 import trajectory_pb2 as pb
 
+from agentiad.v1 import trajectory_pb2 as pb
 from services.data import plans, procedural
+from services.data.readers import BadDataError, Sample, read
 from services.data.trajectories import Demonstration
 from services.trainer.batching import Example, PixelCodec, encode
 from services.trainer.settings import TokenWeights
 from services.vlm.render import Renderer
 
-# What the pretext can find in a view of procedural parts.
-LABELS = ("mark", "benign", *sorted({kind for kinds in procedural.DEFECTS.values() for kind in kinds}))
+PROCEDURAL = "procedural"
 _CHUNK = 50
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides the examples, so that a cache can be told from another's."""
+    """All that decides the examples."""
 
+    data: str  # "procedural", or a data set's path
     samples: int
     seed: int
     single_pass: bool
+    view: pb.ComparisonView.ValueType
     weights: TokenWeights
 
 
+def labels(recipe: Recipe) -> tuple[str, ...]:
+    """What the vision pretext can find in a view: something from afar, something harmless, or a defect of a type."""
+    if recipe.data == PROCEDURAL:
+        kinds = {kind for kinds in procedural.DEFECTS.values() for kind in kinds}
+    else:
+        kinds = {defect.type for sample in _samples(recipe.data) for defect in sample.defects}
+    return ("mark", "benign", *sorted(kinds))
+
+
+def categories(recipe: Recipe) -> tuple[str, ...]:
+    if recipe.data == PROCEDURAL:
+        return procedural.CATEGORIES
+    return tuple(sorted({sample.category for sample in _samples(recipe.data)}))
+
+
 def demonstration(index: int, recipe: Recipe) -> Demonstration:
-    """The index-th episode of a recipe on procedural parts: a variant of its own, half of them anomalous."""
+    """The index-th episode of a recipe; procedural parts are of a variant of their own, half of them anomalous."""
     rng = np.random.default_rng([recipe.seed, index])
+    shares = plans.Shares()
+    if recipe.data == PROCEDURAL:
+        subject = plans.subject_of_part(_part(index, rng), rng, shares)
+    else:
+        samples = _samples(recipe.data)
+        subject = plans.subject_of_sample(samples[index % len(samples)], rng)
+    if recipe.single_pass:
+        return plans.single_pass(subject, rng, recipe.view, str(index))
+    return plans.demonstrate(subject, rng, recipe.view, str(index), shares)
+
+
+def _part(index: int, rng: np.random.Generator) -> procedural.Part:
     category = procedural.CATEGORIES[index % len(procedural.CATEGORIES)]
     kinds = procedural.DEFECTS[category]
     defect = str(rng.choice(kinds)) if rng.uniform() < procedural.ANOMALOUS_SHARE else None
     variant = int(rng.integers(procedural.TRAINING_VARIANTS - 1))
-    part = procedural.make_part(category, int(rng.integers(2**30)), variant, defect)
-    shares = plans.Shares()
-    subject = plans.subject_of(part, rng, shares)
-    if recipe.single_pass:
-        return plans.single_pass(subject, rng, pb.COMPARISON_VIEW_COMPOSITE, str(index))
-    return plans.demonstrate(subject, rng, pb.COMPARISON_VIEW_COMPOSITE, str(index), shares)
+    return procedural.make_part(category, int(rng.integers(2**30)), variant, defect)
+
+
+@lru_cache(maxsize=1)
+def _samples(data: str) -> list[Sample]:
+    """Those that can be learnt from: of the training split (MVTec's has no defects: of all), with known boxes."""
+    samples = [sample for sample in read(Path(data)) if sample.boxes_known]
+    training = [sample for sample in samples if sample.split == "train"]
+    usable = training if any(sample.anomalous for sample in training) else samples
+    if not any(sample.anomalous for sample in usable):
+        raise BadDataError(f"{data} holds no anomalous sample with a known box")
+    return usable
 
 
 def texts(recipe: Recipe, count: int) -> Iterator[str]:
@@ -60,7 +96,7 @@ def texts(recipe: Recipe, count: int) -> Iterator[str]:
 
 
 def build(recipe: Recipe, checkpoint: Path, cache: Path, workers: int, done: Callable[[int], None]) -> list[Example]:
-    """Examples in order; those that `cache` holds already are read from it. `done` hears of each finished chunk's size."""
+    """Examples in order; those that `cache` holds already are read from it. `done` hears of each chunk's size."""
     cache.mkdir(parents=True, exist_ok=True)
     jobs = [
         (first, min(first + _CHUNK, recipe.samples), recipe, checkpoint, cache)
@@ -75,13 +111,9 @@ def build(recipe: Recipe, checkpoint: Path, cache: Path, workers: int, done: Cal
     return examples
 
 
-def marks_of(demo: Demonstration) -> "np.ndarray[tuple[int, int], np.dtype[np.float32]]":
-    rows = [
-        (image, LABELS.index(mark.label), *mark.box)
-        for image, view in enumerate(demo.views)
-        for mark in view.marks
-        if mark.label in LABELS
-    ]
+def marks_of(demo: Demonstration, names: tuple[str, ...]) -> npt.NDArray[np.float32]:
+    """[m, 6]: image, label, box; the form of Example.marks."""
+    rows = [(image, names.index(mark.label), *mark.box) for image, view in enumerate(demo.views) for mark in view.marks]
     return np.asarray(rows, np.float32).reshape(-1, 6)
 
 
@@ -94,11 +126,12 @@ def _build_chunk(job: tuple[int, int, Recipe, Path, Path]) -> Path:
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     renderer, codec = _renderer(checkpoint)
-    examples = []
+    examples, names = [], labels(recipe)
     for index in range(first, last):
         demo = demonstration(index, recipe)
         images = [view.image for view in demo.views]
-        examples.append(encode(demo.trajectory, images, demo.imitate, marks_of(demo), renderer, codec, recipe.weights))
+        marks = marks_of(demo, names)
+        examples.append(encode(demo.trajectory, images, demo.imitate, marks, renderer, codec, recipe.weights))
     partial = path.with_suffix(".partial")
     partial.write_bytes(pickle.dumps(examples, protocol=pickle.HIGHEST_PROTOCOL))
     partial.rename(path)

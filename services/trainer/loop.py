@@ -1,4 +1,4 @@
-"""The training loop: examples in, a better model out; killed at any moment it goes on where its last checkpoint stood."""
+"""The training loop. Killed at any moment, it goes on from its last checkpoint as if nothing had happened."""
 
 import json
 import math
@@ -17,33 +17,31 @@ from services.trainer.losses import Coordinates, weighted_cross_entropy
 from services.trainer.optimizer import make_optimizers
 from services.trainer.pretext import PretextHeads
 from services.trainer.settings import SftSettings
+from services.vlm.pocket import COORDINATES
+from services.vlm.render import Renderer
 
 # Examples of about one length share a batch: sorted within windows of this many batches, which stay shuffled.
 _WINDOW = 8
 
 
 class Loop:
-    """Pretext steps first, then SFT steps with the pretext as an auxiliary loss.
-
-    `coordinates`: token ids of the coordinates, ascending; empty where a checkpoint has none.
-    """
+    """Pretext steps first, then SFT steps with the pretext beside them. `labels`: kinds of marks; 0: no pretext."""
 
     def __init__(
         self,
         settings: SftSettings,
         model: Any,
+        renderer: Renderer,
         examples: Sequence[Example],
-        codec: PixelCodec,
-        padding_id: int,
-        coordinates: list[int],
         labels: int,
         work: Path,
     ) -> None:
-        self.settings, self.model, self.examples, self.codec = settings, model, examples, codec
-        self.padding_id, self.work = padding_id, work
-        self.image_token_id, self.merge = model.config.image_token_id, model.config.vision_config.spatial_merge_size
-        vocabulary = model.get_output_embeddings().weight.shape[0]
-        self.coordinates = Coordinates.of(coordinates, vocabulary) if coordinates else None
+        self.settings, self.model, self.examples, self.work = settings, model, examples, work
+        self.codec = PixelCodec(renderer.processor.image_processor)
+        # Padding is never looked at and never weighted: any id does.
+        self.padding_id, self.image_token_id = renderer.end_of_turn_id, renderer.image_token_id
+        self.merge = int(model.config.vision_config.spatial_merge_size)
+        self.coordinates = _coordinates(renderer, model)
         self.vision: nn.Module = model.model.visual
         self.vision.requires_grad_(not settings.freeze_vision)
         self.pretext_steps = 0 if settings.freeze_vision or not labels else settings.pretext_steps
@@ -62,10 +60,11 @@ class Loop:
         """Trains to the end. `on_step` hears of each step's losses, learning rate and speed."""
         self.model.train()
         saved = time.monotonic()
-        for batch in self._batches():
-            started = time.monotonic()
-            metrics = self._train_on(batch)
-            self.seconds += time.monotonic() - started
+        started = saved
+        for batch in self.batches():
+            metrics = self.train_on(batch)
+            started, before = time.monotonic(), started
+            self.seconds += started - before
             self.step += 1
             on_step({"step": self.step, "seconds": round(self.seconds, 2), **metrics})
             if time.monotonic() - saved > 60 * self.settings.checkpoint_minutes:
@@ -101,24 +100,25 @@ class Loop:
         torch.set_rng_state(state["random"])
         return True
 
-    def _train_on(self, batch: Batch) -> dict[str, float]:
+    def train_on(self, batch: Batch) -> dict[str, float]:
         settings, progress = self.settings, self._progress()
         factor = min(1.0, (self.step + 1) / settings.warmup_steps) * (1 - progress)
         if self.step >= self.pretext_steps:
             factor *= min(1.0, (self.step - self.pretext_steps + 1) / settings.warmup_steps)
         for rate, group in zip(self.rates, self._groups(), strict=True):
             group["lr"] = rate * factor
+        sigma = settings.sigma_first * (settings.sigma_last / settings.sigma_first) ** progress
         metrics = {"rate": round(factor, 4)}
         loss: Tensor = torch.zeros(())
         if self.step < self.pretext_steps:
             self.vision(batch.inputs["pixel_values"], grid_thw=batch.inputs["image_grid_thw"])
         else:
-            sigma = settings.sigma_first * (settings.sigma_last / settings.sigma_first) ** progress
             loss = self.policy_loss(batch, sigma)
             metrics["loss"] = loss.item()
         if self.heads is not None:
             assert self._features is not None
-            pretext = self.heads.loss(self._features, batch.inputs["image_grid_thw"], self.merge, batch.marks)
+            grids = batch.inputs["image_grid_thw"]
+            pretext = self.heads.loss(self._features, grids, self.merge, batch.marks, self._embeddings(), sigma)
             metrics["pretext"] = pretext.item()
             loss = loss + pretext * (1.0 if self.step < self.pretext_steps else settings.pretext_weight)
         if not math.isfinite(loss.item()):
@@ -138,6 +138,12 @@ class Loop:
         logits = self.model.lm_head(hidden.flatten(0, 1)[batch.positions])
         return weighted_cross_entropy(logits, batch.targets, batch.weights, self.coordinates, sigma)
 
+    def _embeddings(self) -> Tensor | None:
+        if self.coordinates is None:
+            return None
+        table: Tensor = self.model.get_input_embeddings().weight
+        return table[self.coordinates.ids]
+
     def _progress(self) -> float:
         return max(0, self.step - self.pretext_steps) / self.sft_steps
 
@@ -148,7 +154,7 @@ class Loop:
     def _keep_features(self, _module: nn.Module, _inputs: object, output: Any) -> None:
         self._features = output.pooler_output
 
-    def _batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[Batch]:
         """From the current step on; the order is a function of the seed alone."""
         per_epoch = max(1, len(self.examples) // self.settings.batch)
         epoch, order = -1, []
@@ -169,6 +175,14 @@ class Loop:
             batches += [window[i : i + size] for i in range(0, len(window), size)]
         rng.shuffle(batches)
         return [[int(i) for i in batch] for batch in batches]
+
+
+def _coordinates(renderer: Renderer, model: Any) -> Coordinates | None:
+    """The tokens of the coordinates, where the checkpoint has one for each."""
+    encoded = [renderer.encode(word) for word in COORDINATES]
+    if any(len(ids) != 1 for ids in encoded):
+        return None
+    return Coordinates.of([ids[0] for ids in encoded], int(model.get_output_embeddings().weight.shape[0]))
 
 
 def append_metrics(path: Path, metrics: dict[str, float]) -> None:

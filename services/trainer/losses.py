@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Tokens that stand for numbers in [0, 1]. ids int64 [c], ascending in value; index int64 [vocabulary], -1: none."""
+    """Tokens that stand for numbers in [0, 1]. ids int64 [c], ascending; index int64 [vocabulary], -1: none."""
 
     ids: Tensor
     index: Tensor
@@ -26,8 +26,8 @@ def weighted_cross_entropy(
 ) -> Tensor:
     """Sum of weight x cross-entropy over the sum of |weight|; a scalar.
 
-    logits [n, vocabulary]; targets int64 [n]; weights [n], of any sign. With `coordinates` and sigma > 0 (in units of the
-    coordinate) a coordinate's target is a Gaussian over its neighbours: a near miss costs less than a far one.
+    logits [n, vocabulary]; targets int64 [n]; weights [n], of any sign. With `coordinates` and sigma > 0 (in units of
+    the coordinate) a coordinate's target is a Gaussian over its neighbours: a near miss costs less than a far one.
     """
     log_probabilities = F.log_softmax(logits.float(), dim=-1)
     losses = -log_probabilities.gather(1, targets[:, None]).squeeze(1)

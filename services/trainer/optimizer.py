@@ -11,8 +11,8 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum whose update is orthogonalised. In float32 (torch.optim.Muon's bfloat16 runs 30 times slower on CPUs
-    without AVX-512), and over all matrices of one shape at once.
+    """Nesterov momentum whose update is orthogonalised. In float32 (torch.optim.Muon's bfloat16 runs 30 times slower on
+    CPUs without AVX-512), and over all matrices of one shape at once.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, momentum: float = 0.95, steps: int = 5) -> None:
@@ -55,7 +55,8 @@ def orthogonalised(matrices: Tensor, steps: int) -> Tensor:
 
 def make_optimizers(modules: Iterable[nn.Module], matrices_lr: float, others_lr: float) -> list[torch.optim.Optimizer]:
     """Matrices that turn one hidden space into another go to Muon; embeddings, convolutions, vectors to AdamW."""
-    matrices, others = [], []
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
     for module in modules:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:

@@ -29,8 +29,8 @@ class SftSettings(BaseModel):
     batch: int = Field(default=32, ge=1)  # cheapest a sample on two cores; 64 is slower
     single_pass: bool = False  # look and answer, no tools: only to measure what the tools are worth
 
-    # The vision tower learns where and what marks are before the language model reads it: without this the whole does not
-    # get off the ground in minutes (POCKET.md). Kept as an auxiliary loss.
+    # The vision tower learns where and what marks are before the language model reads it: without this the whole does
+    # not get off the ground in minutes (POCKET.md). Kept as an auxiliary loss.
     pretext_steps: int = 150
     pretext_weight: float = 0.5
 

@@ -1,8 +1,8 @@
 """Pocket: a Qwen3-VL of two million parameters that a laptop trains and runs; stock classes, made from nothing.
 
-What is its own is the vocabulary: a byte-level BPE that may join words (the few sentences of the prompt protocol become a
-handful of tokens each), and one token for each hundredth of a coordinate, whose embeddings start as Fourier features so
-that near numbers begin as near tokens.
+What is its own is the vocabulary: a byte-level BPE that may join words (the few sentences of the prompt protocol become
+a handful of tokens each), and one token for each hundredth of a coordinate, whose embeddings start as Fourier features
+so that near numbers begin as near tokens.
 """
 
 import json
@@ -29,11 +29,14 @@ COORDINATES = tuple(f"{step / 100:.2f}" for step in range(101))
 # Whole tokens whatever stands around them: the protocol's tags, the two verdicts, the coordinates.
 WHOLE_WORDS = (*TAGS, "true", "false", *COORDINATES)
 
+_ATTENTION_GAIN = 1.7
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}"
     "{% if message.content is string %}{{ message.content }}"
     "{% else %}{% for part in message.content %}"
-    "{% if part.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}{% else %}{{ part.text }}{% endif %}"
+    "{% if part.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
@@ -83,6 +86,7 @@ def build(corpus: Iterable[str], seed: int, shape: Shape | None = None) -> Pocke
         eos_token_id=tokenizer.convert_tokens_to_ids(TURN_END), pad_token_id=tokenizer.pad_token_id
     )
     _order_coordinates(model, tokenizer)
+    _sharpen(model)
     return Pocket(model, tokenizer, shape)
 
 
@@ -126,7 +130,8 @@ def _config(tokenizer: PreTrainedTokenizerFast, shape: Shape) -> Qwen3VLConfig:
             "max_position_embeddings": shape.max_positions,
             "rope_parameters": {
                 "rope_type": "default",
-                "rope_theta": 10000.0,
+                # Slow: two thirds of the small heads' dimensions hardly turn, so that content is found at any distance.
+                "rope_theta": 1_000_000.0,
                 "mrope_interleaved": True,
                 "mrope_section": [half - 2 * (half // 3), half // 3, half // 3],
             },
@@ -177,3 +182,14 @@ def _order_coordinates(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
     features = torch.cat([waves.sin(), waves.cos()], dim=1)
     with torch.no_grad():
         table[ids] = features / features.std() * table.std()
+
+
+def _sharpen(model: Any) -> None:
+    """Lets heads of 32 single out one token of a hundred from the start.
+
+    Queries and keys are normalised, so that a logit is at most sqrt(head) times the product of the two gains: 5.7 at the
+    usual gain of one, and these gains learn slowly.
+    """
+    for layer in model.model.language_model.layers:
+        for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+            torch.nn.init.constant_(norm.weight, _ATTENTION_GAIN)

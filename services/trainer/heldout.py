@@ -1,0 +1,183 @@
+"""Measures a checkpoint on held-out procedural parts: greedy episodes through the agent's own state machine, zoom's own
+functions and the policy's own engine, in this process. The figures go onto the checkpoint's card.
+"""
+
+import asyncio
+import hashlib
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from agentiad.v1 import trajectory_pb2 as pb
+from services.agent import episode, protocol
+from services.data import procedural
+from services.policy.transformers_engine import EngineLimits, TransformersEngine
+from services.vlm.checkpoint import load
+from services.zoom import compare, crop
+from services.zoom.registration import Registration, register
+
+_LIMITS = pb.Limits(max_turns=6, max_tool_calls=4, max_new_tokens=128)
+# A verdict is forced on the first view: the policy without its tools.
+NO_TOOLS = pb.Limits(max_turns=0, max_tool_calls=0, max_new_tokens=128)
+_AT_ONCE = 32  # the engine's best batch
+_NO_TIME = timedelta()
+
+
+@dataclass(frozen=True)
+class Case:
+    part: procedural.Part
+    exemplar: Image.Image | None  # None: a query finds nothing
+
+
+@dataclass(frozen=True)
+class Outcome:
+    part: procedural.Part
+    trajectory: pb.Trajectory
+
+    @property
+    def anomalous(self) -> bool:
+        return bool(self.part.defects)
+
+    @property
+    def right(self) -> bool:
+        return self.trajectory.verdict.anomaly_present == self.anomalous
+
+    @property
+    def tools(self) -> list[str]:
+        return episode.tools_used(self.trajectory)
+
+    @property
+    def hit(self) -> bool:
+        """A closer look held the middle of a defect (or of a benign mark)."""
+        boxes = [defect.box for defect in self.part.defects] or list(self.part.benign)
+        regions = [
+            protocol.box_tuple(answer.observation.region)
+            for call, answer in itertools.pairwise(self.trajectory.turns)
+            if call.tool_call.name == protocol.CROP and answer.observation.HasField("image")
+        ]
+        return any(_holds(region, box) for region in regions for box in boxes)
+
+
+def cases(per_category: int, variants: int, first_seed: int = procedural.TRAINING_VARIANTS) -> list[Case]:
+    """Unseen variants and seeds, each with a normal unit of its own variant."""
+    parts = procedural.make_set(
+        procedural.CATEGORIES, per_category, first_seed, range(first_seed, first_seed + variants)
+    )
+    return [Case(part, _normal(part.category, part.variant)) for part in parts]
+
+
+def play_all(
+    checkpoint: Path, parts: Sequence[Case], limits: pb.Limits = _LIMITS, done: Callable[[], None] = lambda: None
+) -> list[Outcome]:
+    """Greedy episodes, in the order of `parts`. `done` hears of each one that ends."""
+    return asyncio.run(_play_all(checkpoint, parts, limits, done))
+
+
+def balanced_accuracy(outcomes: Sequence[Outcome]) -> float:
+    rates = [
+        float(np.mean([outcome.right for outcome in outcomes if outcome.anomalous == anomalous]))
+        for anomalous in (False, True)
+    ]
+    return float(np.mean(rates))
+
+
+async def _play_all(
+    checkpoint: Path, parts: Sequence[Case], limits: pb.Limits, done: Callable[[], None]
+) -> list[Outcome]:
+    images: dict[str, Image.Image] = {}
+    engine = TransformersEngine(
+        load(checkpoint), lambda image: images[image.reference.uri], EngineLimits(threads=torch.get_num_threads())
+    )
+    places = asyncio.Semaphore(_AT_ONCE)
+
+    async def play(index: int, case: Case) -> Outcome:
+        async with places:
+            outcome = await _Player(engine, case, limits, images, str(index)).play()
+            done()
+            return outcome
+
+    try:
+        return await asyncio.gather(*(play(index, case) for index, case in enumerate(parts)))
+    finally:
+        await engine.close()
+
+
+class _Player:
+    """One episode; its images live in `images` while it lasts."""
+
+    def __init__(
+        self, engine: TransformersEngine, case: Case, limits: pb.Limits, images: dict[str, Image.Image], name: str
+    ) -> None:
+        self.engine, self.case, self.images, self.name = engine, case, images, name
+        task = pb.Task(image=pb.Image(reference=self._keep(case.part.image)), category=case.part.category)
+        self.trajectory = episode.begin(name, task, limits, pb.Sampling(), engine.card)
+        self._registration: Registration | None = None
+
+    async def play(self) -> Outcome:
+        while not isinstance(step := episode.next_step(self.trajectory), episode.Finished):
+            match step:
+                case episode.GenerateStep():
+                    generation = await self.engine.generate(step.messages, step.sampling)
+                    episode.add_generation(self.trajectory, generation, _NO_TIME)
+                case episode.CropStep(box, exemplar):
+                    self._observe(box, compared=exemplar is not None)
+                case episode.QueryStep(box):
+                    self._observe(box, compared=True)
+        for uri in [uri for uri in self.images if uri.startswith(f"{self.name}/")]:
+            del self.images[uri]
+        return Outcome(self.case.part, self.trajectory)
+
+    def _observe(self, box: pb.Box | None, compared: bool) -> None:
+        region = None if box is None else protocol.box_tuple(box)
+        try:
+            observation = self._compare(region) if compared else self._crop(region or crop.WHOLE)
+        except crop.ToolError as error:
+            observation = pb.Observation(tool_error=str(error))
+        episode.add_observation(self.trajectory, observation, _NO_TIME)
+
+    def _crop(self, box: crop.Region) -> pb.Observation:
+        image, region = crop.crop(self.case.part.image, box)
+        return pb.Observation(image=self._keep(image), region=_proto(region))
+
+    def _compare(self, box: crop.Region | None) -> pb.Observation:
+        exemplar = self.case.exemplar
+        if exemplar is None:
+            return pb.Observation(tool_error=f"There is no normal image of {self.case.part.category}.")
+        self._registration = self._registration or register(self.case.part.image, exemplar)
+        found = self._registration
+        composite = self.trajectory.comparison_view == pb.COMPARISON_VIEW_COMPOSITE
+        view = compare.View.COMPOSITE if composite else compare.View.SIDE_BY_SIDE
+        drawn = compare.compare(self.case.part.image, exemplar, box, view, found)
+        return pb.Observation(
+            image=self._keep(drawn.image),
+            region=_proto(drawn.region),
+            exemplar=self._keep(exemplar),
+            registration_confidence=found.confidence,
+            registered=found.registered,
+        )
+
+    def _keep(self, image: Image.Image) -> pb.ImageReference:
+        uri = f"{self.name}/{sum(key.startswith(f'{self.name}/') for key in self.images)}"
+        self.images[uri] = image
+        # The engine knows images by their digests.
+        digest = hashlib.sha256(image.tobytes()).hexdigest()
+        return pb.ImageReference(uri=uri, sha256=digest, width=image.width, height=image.height)
+
+
+def _normal(category: str, variant: int) -> Image.Image:
+    return procedural.make_part(category, procedural.exemplar_seed(variant), variant, None, smudged=False).image
+
+
+def _proto(region: crop.Region) -> pb.Box:
+    return pb.Box(x_min=region[0], y_min=region[1], x_max=region[2], y_max=region[3])
+
+
+def _holds(region: crop.Region, box: procedural.Box) -> bool:
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    return region[0] <= x <= region[2] and region[1] <= y <= region[3]
