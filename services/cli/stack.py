@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from agentiad.v1.agent_pb2_grpc import AgentServiceStub
+from agentiad.v1.policy_pb2_grpc import PolicyServiceStub
 from agentiad.v1.retrieval_pb2_grpc import RetrievalServiceStub
+from agentiad.v1.zoom_pb2_grpc import ZoomServiceStub
 from services.chassis import rpc
 from services.chassis.images import ImageStore
 
 if TYPE_CHECKING:
     # These exist for the type checker only.
     from agentiad.v1.agent_pb2_grpc import AgentServiceAsyncStub
+    from agentiad.v1.policy_pb2_grpc import PolicyServiceAsyncStub
     from agentiad.v1.retrieval_pb2_grpc import RetrievalServiceAsyncStub
+    from agentiad.v1.zoom_pb2_grpc import ZoomServiceAsyncStub
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Stack:
     """`images` reads and writes what the hosted services read and write."""
 
     agent: AgentServiceAsyncStub
+    policy: PolicyServiceAsyncStub
+    zoom: ZoomServiceAsyncStub
     retrieval: RetrievalServiceAsyncStub
     images: ImageStore
 
@@ -70,4 +76,10 @@ async def embedded(
         connected = await closing.enter_async_context(inspector.connected(settings))
         await closing.enter_async_context(rpc.serve(address, [*tools, agent_service.servicer(connected)]))
         channel: grpc.aio.Channel = await closing.enter_async_context(rpc.channel(address))
-        yield Stack(AgentServiceStub(channel), RetrievalServiceStub(channel), ImageStore(roots, store))
+        yield Stack(
+            AgentServiceStub(channel),
+            PolicyServiceStub(channel),
+            ZoomServiceStub(channel),
+            RetrievalServiceStub(channel),
+            ImageStore(roots, store),
+        )

@@ -1,0 +1,93 @@
+"""What a crash may not change, on a real Redis."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+
+import pytest
+from redis.asyncio import Redis
+
+from agentiad.v1 import events_pb2
+from agentiad.v1 import trajectory_pb2 as pb
+from services.agent.inspection import DecisionRule
+from services.agent.inspector import Inspector, inspect_once
+from services.agent.records import Records
+from services.agent.runner import Runner
+from services.agent.settings import AgentSettings
+from services.chassis.errors import Transient
+from services.cli.stack import Stack
+from services.data.readers import Sample
+
+
+@pytest.fixture
+async def records(redis_url: str) -> AsyncIterator[Records]:
+    async with Redis.from_url(redis_url) as redis:
+        yield Records(redis)
+
+
+def make_inspection(event_id: str, score: float) -> events_pb2.InspectionCompleted:
+    return events_pb2.InspectionCompleted(event_id=event_id, raw_score=score)
+
+
+async def test_the_first_result_holds(records: Records) -> None:
+    event_id = uuid.uuid4().hex
+    assert await records.result(event_id) is None
+    first, second = make_inspection(event_id, 0.1), make_inspection(event_id, 0.9)
+    assert await records.claim_result(first) == first
+    assert await records.claim_result(second) == first
+    assert await records.result(event_id) == first
+
+
+async def test_steps_are_kept_until_the_result(records: Records) -> None:
+    event_id = uuid.uuid4().hex
+    assert await records.steps(event_id) is None
+    trajectory = pb.Trajectory(episode_id=event_id, turns=[pb.Turn()])
+    await records.save_steps(event_id, trajectory)
+    assert await records.steps(event_id) == trajectory
+    await records.claim_result(make_inspection(event_id, 0.5))
+    assert await records.steps(event_id) is None
+
+
+async def test_without_redis_the_event_waits() -> None:
+    async with Redis.from_url("redis://127.0.0.1:1/0", socket_connect_timeout=1) as redis:
+        records = Records(redis)
+        for work in (
+            records.result("e"),
+            records.steps("e"),
+            records.save_steps("e", pb.Trajectory()),
+            records.claim_result(make_inspection("e", 0.5)),
+        ):
+            with pytest.raises(Transient, match="Redis"):
+                await work
+
+
+class CrashError(Exception):
+    pass
+
+
+class CrashingRecords(Records):
+    """Redis takes the step, then the agent dies."""
+
+    async def save_steps(self, event_id: str, trajectory: pb.Trajectory) -> None:
+        await super().save_steps(event_id, trajectory)
+        raise CrashError
+
+
+async def test_an_episode_goes_on_where_it_was(stack: Stack, part: Sample, redis_url: str) -> None:
+    inspector = Inspector(
+        Runner(stack.policy, stack.zoom, stack.retrieval), AgentSettings().limits(), DecisionRule(0.5, 0)
+    )
+    captured = events_pb2.ImageCaptured(
+        event_id=uuid.uuid4().hex, line="L1", category=part.category, image=stack.images.describe(part.image)
+    )
+    async with Redis.from_url(redis_url) as redis:
+        with pytest.raises(CrashError):
+            await inspect_once(inspector, CrashingRecords(redis), captured)
+        records = Records(redis)
+        before = await records.steps(captured.event_id)
+        assert before is not None
+        result = await inspect_once(inspector, records, captured)
+        # The turns before the crash are the very same ones, latencies included: nothing was done twice.
+        assert list(result.trajectory.turns[: len(before.turns)]) == list(before.turns)
+        assert await inspect_once(inspector, records, captured) == result
