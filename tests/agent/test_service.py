@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from datetime import timedelta
 from pathlib import Path
@@ -50,7 +51,7 @@ async def test_the_prefix_of_the_turn_before_is_not_read_again(stack: Stack, par
     _, inspection = await inspect(stack, make_captured(stack, part.image))
     spoken = [turn.generation for turn in inspection.trajectory.turns if turn.HasField("generation")]
     assert len(spoken) >= 2, "the policy answered at first sight; this test needs an episode of two turns"
-    for before, after in zip(spoken, spoken[1:], strict=False):
+    for before, after in itertools.pairwise(spoken):
         assert after.cached_tokens >= before.prompt_tokens
 
 
