@@ -87,6 +87,7 @@ class BusSettings(ChassisSettings):
     """For processes that publish or consume. Without Kafka the bus is a SQLite log in data_dir."""
 
     kafka_bootstrap_servers: str = ""  # host:port,host:port; empty: the embedded bus
+    kafka_group_instance_id: str = ""  # a stateful pod's name: after a restart it finds its partitions again
 
     @field_validator("kafka_bootstrap_servers")
     @classmethod

@@ -48,8 +48,7 @@ class Bus(Protocol):
     """Not thread-safe: one bus belongs to one event loop. One bus may run several consume() and read() at once."""
 
     async def publish(self, topic: str, key: str, value: bytes, headers: Mapping[str, str]) -> None:
-        """Return when the event is durable. Many publishes under way are batched together, so gather them where you
-        can.
+        """Return when the event is durable. Publishes that are under way together are batched: gather many.
 
         Raises BadInput if it is larger than MAX_EVENT_BYTES, Transient if the bus does not take it within its deadline
         (it may be there nevertheless), LookupError if the topic does not exist (a fault of the installation: see
@@ -58,13 +57,13 @@ class Bus(Protocol):
     async def consume(
         self, topics: Sequence[str], group: str, handler: Handler, *, max_in_flight: int, stop: asyncio.Event
     ) -> None:
-        """Hand each event of the topics (and of their retry topics) to the handler, `max_in_flight` at once at the
-        most.
+        """Hand each event of the topics and of their retry topics to the handler, at most `max_in_flight` at once.
 
         Handler's outcome: returns → done; BadInput → dead letter; Transient or Exhausted → again in place after a short
         back-off, then through `<topic>.retry`, then dead letter; any other exception is a bug: it is raised here after
         what was done is committed, and the event comes again to the next consumer. Returns when `stop` is set and the
-        handlers under way are done (bounded: after a grace they are cancelled and their events come again)."""
+        handlers under way are done (bounded: after a grace they are cancelled and their events come again). Raises
+        LookupError if one of the topics does not exist, Transient if the bus cannot be reached at the start."""
 
     def read(self, topic: str, *, from_beginning: bool, stop: asyncio.Event) -> AsyncIterator[Event]:
         """Every event of the topic, without a group and without commits, until `stop` is set; headers as they lie in
@@ -93,7 +92,8 @@ def make_bus(settings: BusSettings) -> Bus:
     if settings.kafka_bootstrap_servers:
         from services.chassis.bus.kafka import KafkaBus
 
-        return KafkaBus(settings.kafka_bootstrap_servers)
+        instance = settings.kafka_group_instance_id or None
+        return KafkaBus(settings.kafka_bootstrap_servers, group_instance_id=instance)
     from services.chassis.bus.sqlite import SqliteBus
 
     return SqliteBus(settings.data_dir / "bus.db")

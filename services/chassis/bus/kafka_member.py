@@ -126,6 +126,9 @@ class Member:
             )
         except KafkaError as error:
             raise Transient(f"no answer from Kafka: {error!r}") from error
+        if missing := set(self._topics) - consumer.topics():
+            consumer.close(autocommit=False)
+            raise LookupError(f"topics {', '.join(sorted(missing))} do not exist: create them with ensure_topics")
         consumer.subscribe(self._topics, listener=_Listener(self, consumer))
         return consumer
 

@@ -17,7 +17,7 @@ from services.chassis.bus.dispatcher import Source
 from services.chassis.bus.failures import Record, RetryPolicy
 from services.chassis.bus.sqlite_log import SqliteLog
 from services.chassis.bus.sqlite_member import MAX_PAUSE_S, MIN_PAUSE_S, Member
-from services.chassis.topics import TopicSpec
+from services.chassis.topics import TopicSpec, retry
 
 READ_LIMIT = 500
 
@@ -47,7 +47,7 @@ class SqliteBus:
     async def consume(
         self, topics: Sequence[str], group: str, handler: Handler, *, max_in_flight: int, stop: asyncio.Event
     ) -> None:
-        for topic in topics:
+        for topic in (*topics, *map(retry, topics)):
             await self._count(topic)
         delivery = Delivery(handler, group, self._policy, self._send)
         member = Member(

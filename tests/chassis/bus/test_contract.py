@@ -320,8 +320,13 @@ async def test_too_large_event_of_another_publisher_becomes_a_dead_letter(store:
 
 
 async def test_unknown_topic(store: Store) -> None:
+    bus = store.bus()
     with pytest.raises(LookupError, match="ensure_topics"):
-        await store.bus().publish("test-nowhere", "k", b"", {})
+        await bus.publish("test-nowhere", "k", b"", {})
+    with pytest.raises(LookupError, match="ensure_topics"):
+        await bus.consume(["test-nowhere"], "g", Collector(), max_in_flight=1, stop=asyncio.Event())
+    with pytest.raises(LookupError, match="ensure_topics"):
+        await anext(bus.read("test-nowhere", from_beginning=True, stop=asyncio.Event()))
 
 
 async def test_read_from_the_end(store: Store) -> None:
