@@ -61,6 +61,11 @@ class ExemplarLibrary:
         self._encoder, self._uri = encoder, uri
         self._client = _connected(uri, token)
         try:
+            with _answering() as timeout:
+                version = self._client.get_server_version(timeout=timeout)
+            # What it has not flushed, milvus-lite searches row by row: 0.6 ms each (3.2.2). Milvus itself flushes when
+            # it is time, and limits how often it may be asked to.
+            self._is_lite = version.startswith("milvus_lite")
             self._prepare(dimension)
         except BaseException:
             self.close()
@@ -77,6 +82,8 @@ class ExemplarLibrary:
         new = [row for row_id, row in rows.items() if row_id not in known]
         for some in _in_parts(new):
             self._ask(self._client.upsert, data=some)
+        if self._is_lite:
+            self._ask(self._client.flush)
         return len(new)
 
     def nearest(self, category: str, vector: Vector, limit: int, without_sha256: str) -> list[Entry]:

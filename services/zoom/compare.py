@@ -66,7 +66,8 @@ def composite(
     """
     ours, theirs, inside = _aligned(part, exemplar, registration, _cut(part, box, parameters))
     light = np.clip(registration.gain * np.arange(256) + registration.offset, 0, 255).round().astype(np.uint8)
-    difference = cv2.absdiff(ours, cv2.LUT(theirs, light)).max(axis=2)
+    per_colour = cv2.split(cv2.absdiff(ours, cv2.LUT(theirs, light)))
+    difference = cv2.max(cv2.max(per_colour[0], per_colour[1]), per_colour[2])
     difference[~inside] = 0
     red = _grey(ours)
     green = np.where(inside, _grey(theirs), red)

@@ -3,7 +3,21 @@
 1. Start: on small high-passed greys, the best by correlation of: as it lies, shifted (phase correlation), and
    turned, scaled and shifted (phase correlation of the log-polar spectra, Reddy and Chatterji 1996).
 2. Refinement: OpenCV's ECC (Evangelidis and Psarakis 2008), which does not care about gain and offset of the light.
-3. Confidence: the correlation of the two high-passed greys over the overlap, times the share of the part it covers.
+3. Confidence: the correlation of the two high-passed greys over their overlap. It asks whether the same details lie in
+   the same places, whatever the light; a defect is a small part of them. Feature matches (ORB) were less exact and fail
+   on stripes and on bare surfaces; optical flow (Lucas and Kanade) fails on larger motions.
+
+Confidence as measured on the training rows of deeppcb and magnetic_tile; min_confidence lies in the gap.
+  the same thing                                      n   quantiles .01 .05 .50
+    defective boards, own template, moved by 2 deg    200           .05 .95 .97
+    quadrants of boards, moved likewise               200           .76 .87 .96
+    one tile, exposures up to threefold               116           .87 .89 .95
+  not the same thing                                  n   quantiles .50 .95 .99
+    a board and another board's template              317           .05 .14 .22
+    two tiles                                         200           .07 .30 .43
+    two tiles of the same size                        382           .24 .60 .70
+The low boards are bare or striped: they lie the same in many ways. In the last row 18 more pairs had over .8; by eye
+they were one tile under two group numbers. Beyond 6 degrees or 5 % of scale the share that is found falls (.94 to .90).
 """
 
 import math
