@@ -162,15 +162,19 @@ class TransformersEngine:
                 while self._receive(waiting, block=not batch.rows and not waiting):
                     joining, waiting = batch.select([row for row in waiting if not row.cancelled])
                     batch.join(joining)
+                    self._deliver_ended(batch)  # some end with their first token
                     batch.step()
-                    for row in batch.remove_ended():
-                        row.deliver(self._generation(row))
+                    self._deliver_ended(batch)
             end: Exception = Transient("this policy version is closed")
         except Exception as error:  # a bug or a broken device: whoever waits must hear of it, and so must who comes
             self._failure = end = error
         self._ended = True
         for row in [*batch.rows, *waiting, *_drain(self._arrivals)]:
             row.deliver(end)
+
+    def _deliver_ended(self, batch: Batch) -> None:
+        for row in batch.remove_ended():
+            row.deliver(self._generation(row))
 
     def _receive(self, waiting: list[Row], block: bool) -> bool:
         """Moves arrivals to `waiting`; False once the engine is told to close."""

@@ -27,6 +27,7 @@ from agentiad.v1.policy_pb2 import PolicyCard
 from services.chassis.errors import BadInput, Exhausted, NotFound, Transient
 from services.chassis.rpc import MAX_MESSAGE_BYTES
 from services.policy.settings import EngineSettings
+from services.vlm.checkpoint import sha256_of
 
 _MODEL = Path(__file__).parent / "model_repository" / "agentiad_policy"
 _OPTIONS = [
@@ -55,7 +56,14 @@ class TritonHost:
 
     async def open(self, checkpoint: Path, version: str) -> TritonEngine:
         """See services.policy.engine.Host."""
-        engine = TritonEngine(self, checkpoint.resolve(), version)
+        try:
+            digest = await asyncio.to_thread(sha256_of, checkpoint)
+        except (OSError, ValueError) as error:
+            raise BadInput(str(error)) from error
+        # Named after its weights too: two checkpoints may call themselves the same.
+        model = model_name(f"{version or checkpoint.name}-{digest[:12]}")
+        await self.load(model, checkpoint.resolve(), version)
+        engine = TritonEngine(self, model, checkpoint.resolve(), version)
         await engine.describe()
         return engine
 
@@ -71,12 +79,17 @@ class TritonHost:
             self._stream = Stream(self._stub)
         return self._stream
 
-    async def load(self, model: str, checkpoint: Path, version: str) -> None:
-        """Loads the Triton model, if it is not ready. Raises BadInput: Triton cannot load it; Transient: it is gone."""
+    async def is_loaded(self, model: str) -> bool:
+        """Raises Transient: Triton is gone."""
         try:
-            ready = await self._stub.ModelReady(triton.ModelReadyRequest(name=model))
-            if ready.ready:
-                return
+            answer = await self._stub.ModelReady(triton.ModelReadyRequest(name=model))
+        except grpc.aio.AioRpcError as error:
+            raise Transient(f"Triton is gone: {error.details()}") from error
+        return bool(answer.ready)
+
+    async def load(self, model: str, checkpoint: Path, version: str) -> None:
+        """Loads the Triton model, or loads it again. Raises BadInput: Triton cannot; Transient: Triton is gone."""
+        try:
             parameters = {**self._parameters, "checkpoint": str(checkpoint), "version": version}
             request = triton.RepositoryModelLoadRequest(model_name=model)
             request.parameters["config"].string_param = _config(model, parameters)
@@ -99,16 +112,15 @@ class TritonHost:
 class TritonEngine:
     """One policy version in Triton. Made by TritonHost.open."""
 
-    def __init__(self, host: TritonHost, checkpoint: Path, version: str) -> None:
+    def __init__(self, host: TritonHost, model: str, checkpoint: Path, version: str) -> None:
         self.card = PolicyCard()
-        self._host, self._checkpoint, self._version = host, checkpoint, version
-        self._model = model_name(version or checkpoint.name)
+        self._host, self._model, self._checkpoint, self._version = host, model, checkpoint, version
         # The stream on which the model was last seen loaded.
         self._seen_on: Stream | None = None
         self._loading = asyncio.Lock()
 
     async def describe(self) -> None:
-        """Loads the model and reads the card."""
+        """Reads the card."""
         self.card = PolicyCard.FromString(await self._call(b"", operation="describe"))
 
     async def generate(
@@ -133,7 +145,8 @@ class TritonEngine:
         if self._seen_on is not stream:
             async with self._loading:
                 if self._seen_on is not stream:
-                    await self._host.load(self._model, self._checkpoint, self._version)
+                    if not await self._host.is_loaded(self._model):
+                        await self._host.load(self._model, self._checkpoint, self._version)
                     self._seen_on = stream
         try:
             return await stream.call(self._model, body, operation)

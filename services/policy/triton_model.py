@@ -13,6 +13,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,14 @@ _VANISHED_S = 0.5
 
 
 class PolicyModel:
-    """One policy version. `model_config`: JSON with the parameters `checkpoint`, `version` and EngineSettings' fields."""
+    """One policy version. `model_config`: JSON; its parameters are checkpoint, version and EngineSettings' fields."""
 
     def __init__(self, model_config: str) -> None:
         parameters = {name: value["string_value"] for name, value in json.loads(model_config)["parameters"].items()}
         checkpoint, version = Path(parameters.pop("checkpoint")), parameters.pop("version", "")
         self._engine = make_engine(EngineSettings.model_validate(parameters), checkpoint, version)
         # The requests under way, by their ids; touched by the loop's thread alone.
-        self._tasks: dict[str, tuple[asyncio.Task[None], Any]] = {}
+        self._tasks: dict[str, tuple[asyncio.Task[bytes], Any]] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="policy-loop", daemon=True)
         self._thread.start()
@@ -64,24 +65,30 @@ class PolicyModel:
                 self._tasks[body.decode()][0].cancel()
             sender.send(flags=backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
             return
-        task = self._loop.create_task(self._serve(operation, body, sender))
+        task = self._loop.create_task(self._answer(operation, body))
         self._tasks[key] = task, sender
-        task.add_done_callback(lambda _: self._tasks.pop(key, None))
+        task.add_done_callback(partial(self._finish, key))
 
-    async def _serve(self, operation: str, body: bytes, sender: Any) -> None:
-        try:
-            if operation == "describe":
-                response = self._engine.card.SerializeToString()
-            else:
-                request = policy_pb2.GenerateRequest.FromString(body)
-                generation = await self._engine.generate(request.messages, request.sampling)
-                response = policy_pb2.GenerateResponse(generation=generation).SerializeToString()
-            _send(sender, grpc.StatusCode.OK, response)
-        except asyncio.CancelledError:
+    async def _answer(self, operation: str, body: bytes) -> bytes:
+        if operation == "describe":
+            return self._engine.card.SerializeToString()
+        request = policy_pb2.GenerateRequest.FromString(body)
+        generation = await self._engine.generate(request.messages, request.sampling)
+        return policy_pb2.GenerateResponse(generation=generation).SerializeToString()
+
+    def _finish(self, key: str, task: asyncio.Task[bytes]) -> None:
+        # Out of `_tasks` first: asking a sender that has sent its last response whether it is cancelled crashes Triton.
+        _, sender = self._tasks.pop(key)
+        if task.cancelled():
             _send(sender, grpc.StatusCode.CANCELLED, b"cancelled")
-        except Exception as error:
-            code, details = to_status(error) or (grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
-            _send(sender, code, details.encode())
+            return
+        error = task.exception()
+        if error is None:
+            _send(sender, grpc.StatusCode.OK, task.result())
+            return
+        known = to_status(error) if isinstance(error, Exception) else None
+        code, details = known or (grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+        _send(sender, code, details.encode())
 
     async def _watch(self) -> None:
         while True:

@@ -1,0 +1,72 @@
+"""Checkpoints and engines that several tests share; each is made once."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from services.policy.engine import Engine
+from services.policy.hosts import InProcessHost
+from services.policy.settings import EngineSettings
+from services.policy.triton_host import TritonHost
+from services.vlm import checkpoint
+from services.vlm.checkpoint import LoadedPolicy
+from tests.policy.checkpoints import make_tiny_checkpoint
+
+ARCHITECTURES = ("qwen3_vl", "qwen2_5_vl")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One checkpoint, served: `engine` as by default; `strict` without prefixes, one at a time, one in the queue."""
+
+    path: Path
+    engine: Engine
+    strict: Engine
+    reference: LoadedPolicy
+    pictures: Path
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: make_tiny_checkpoint(tmp_path_factory.mktemp(name), name) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_checkpoints: dict[str, Path]) -> Path:
+    return tiny_checkpoints["qwen3_vl"]
+
+
+@pytest_asyncio.fixture(
+    scope="session",
+    loop_scope="session",
+    params=[
+        pytest.param((architecture, host), id=f"{architecture}-{host}", marks=[pytest.mark.triton] * (host == "triton"))
+        for architecture in ARCHITECTURES
+        for host in ("in_process", "triton")
+    ],
+)
+async def site(
+    request: pytest.FixtureRequest, tiny_checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Site]:
+    architecture, host_name = request.param
+    path, pictures = tiny_checkpoints[architecture], tmp_path_factory.mktemp("pictures")
+    settings = EngineSettings(image_roots=(str(pictures),), torch_threads=1, max_context=600)
+    strict = settings.model_copy(update={"max_batch": 1, "max_queue": 1, "prefix_cache_mib": 0})
+
+    def make_host(settings: EngineSettings) -> InProcessHost | TritonHost:
+        if host_name == "triton":
+            return TritonHost(request.getfixturevalue("triton"), settings)
+        return InProcessHost(settings)
+
+    hosts = make_host(settings), make_host(strict)
+    engines = await hosts[0].open(path, "default"), await hosts[1].open(path, "strict")
+    yield Site(path, *engines, checkpoint.load(path), pictures)
+    for engine in engines:
+        await engine.close()
+    for host in hosts:
+        await host.close()
