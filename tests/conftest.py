@@ -8,6 +8,7 @@ import pytest
 from tests.harness.kafka import kafka as real_kafka
 from tests.harness.milvus import milvus as real_milvus
 from tests.harness.redis import redis as real_redis
+from tests.harness.triton import triton as real_triton
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +30,10 @@ def milvus_uri() -> Iterator[str]:
     """URI of a real Milvus server."""
     with real_milvus() as uri:
         yield uri
+
+
+@pytest.fixture(scope="session")
+def triton() -> Iterator[str]:
+    """host:port of a real Triton's gRPC endpoint."""
+    with real_triton() as url:
+        yield url
