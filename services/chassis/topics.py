@@ -1,5 +1,6 @@
 """The Kafka topics: names, sizes and what they carry (DESIGN.md's table). Nothing else spells a topic's name."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from google.protobuf.message import Message
@@ -46,10 +47,10 @@ def dlq(topic: str) -> str:
     return f"{topic}.dlq"
 
 
-def all_topics() -> dict[str, TopicSpec]:
-    """Every topic to create: TOPICS, each with its retry topic (as many partitions) and its DLQ (one partition)."""
-    specs = dict(TOPICS)
-    for name, spec in TOPICS.items():
+def with_failures(topics: Mapping[str, TopicSpec]) -> dict[str, TopicSpec]:
+    """The topics, each with its retry topic (as many partitions) and its DLQ (one partition), neither compacted."""
+    specs = dict(topics)
+    for name, spec in topics.items():
         specs[retry(name)] = TopicSpec(spec.partitions, False, spec.message)
         specs[dlq(name)] = TopicSpec(1, False, spec.message)
     return specs

@@ -1,6 +1,6 @@
 """The bus: durable topics of events, at least once, behind one small interface with two implementations.
 
-Invariants, held by both and checked by one contract test suite (tests/chassis/bus/test_contract.py):
+Invariants, held by both and checked by one contract test suite (tests/chassis/bus/test_contract*.py):
 - Events of one key lie in one partition, in the order they were published; handlers are *started* in that order.
 - Within a group every partition has one owner; each event is handed to a handler at least once. What may come twice:
   events that were under way when their owner died, stopped beyond its grace, or lost the partition.
@@ -71,8 +71,8 @@ class Bus(Protocol):
         (contextlib.aclosing) to end early."""
 
     async def ensure_topics(self, topics: Mapping[str, TopicSpec]) -> None:
-        """Create those that are missing (pass topics.all_topics(): each comes with its `.retry` and `.dlq`). Existing
-        topics are left as they are. Compaction is Kafka's; the embedded log keeps everything."""
+        """Create those that are missing of the topics, their `.retry` and their `.dlq`. Existing ones are left as they
+        are. Compaction is Kafka's; the embedded log keeps everything."""
 
     async def close(self) -> None:
         """Flush and let go of connections. Call it when no consume() is running."""

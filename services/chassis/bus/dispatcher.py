@@ -63,10 +63,6 @@ class Dispatcher:
         """Sources whose next event is not due yet: fetch nothing more from them."""
         return self._held.keys()
 
-    @property
-    def running(self) -> int:
-        return len(self._running)
-
     def offer(self, source: Source, offset: int, event: Event, not_before: float = 0.0) -> None:
         """Offsets of a source must rise."""
         watermark = self._start(source, offset)

@@ -28,7 +28,7 @@ from services.chassis.bus.delivery import Delivery
 from services.chassis.bus.failures import Record, RetryPolicy
 from services.chassis.bus.kafka_member import Member, to_event
 from services.chassis.errors import BadInput, Transient
-from services.chassis.topics import TopicSpec, dlq
+from services.chassis.topics import TopicSpec, dlq, with_failures
 
 # Kafka's clients measure best with a small linger: fewer, fuller requests, at 2 ms of latency.
 LINGER_MS = 2
@@ -107,7 +107,7 @@ class KafkaBus:
             thread.shutdown(wait=False)
 
     async def ensure_topics(self, topics: Mapping[str, TopicSpec]) -> None:
-        await asyncio.to_thread(self._create, topics)
+        await asyncio.to_thread(self._create, with_failures(topics))
 
     async def close(self) -> None:
         if self._producer is not None:

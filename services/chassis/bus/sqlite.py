@@ -17,7 +17,7 @@ from services.chassis.bus.dispatcher import Source
 from services.chassis.bus.failures import Record, RetryPolicy
 from services.chassis.bus.sqlite_log import SqliteLog
 from services.chassis.bus.sqlite_member import MAX_PAUSE_S, MIN_PAUSE_S, Member
-from services.chassis.topics import TopicSpec, retry
+from services.chassis.topics import TopicSpec, retry, with_failures
 
 READ_LIMIT = 500
 
@@ -81,7 +81,7 @@ class SqliteBus:
             self._wakers.discard(published.set)
 
     async def ensure_topics(self, topics: Mapping[str, TopicSpec]) -> None:
-        await self._call(SqliteLog.create, {name: spec.partitions for name, spec in topics.items()})
+        await self._call(SqliteLog.create, {name: spec.partitions for name, spec in with_failures(topics).items()})
 
     async def close(self) -> None:
         if self._writer:

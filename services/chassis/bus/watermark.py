@@ -23,7 +23,3 @@ class Watermark:
     def position(self) -> int | None:
         """The offset to commit: the lowest unfinished one, or the one after the last. None: nothing was started."""
         return next(iter(self._open), self._end)
-
-    @property
-    def unfinished(self) -> int:
-        return len(self._open)

@@ -15,7 +15,7 @@ from services.chassis.bus.failures import Record, RetryPolicy
 from services.chassis.bus.kafka import KafkaBus
 from services.chassis.bus.sqlite import SqliteBus
 from services.chassis.bus.sqlite_log import SqliteLog
-from services.chassis.topics import TopicSpec, dlq, retry
+from services.chassis.topics import TopicSpec
 
 # As the real one, but fast: two calls in place, a retry after 0.3 s and 0.6 s, a dead letter after six calls.
 FAST = RetryPolicy(in_place=2, back_off_s=0.02, retry_delay_s=0.3, max_attempts=6)
@@ -38,8 +38,7 @@ class Store:
     async def topic(self, partitions: int = 3) -> str:
         """A new topic with its retry and dead-letter topics."""
         name = f"test-{uuid.uuid4().hex}"
-        spec = TopicSpec(partitions, False, ImageCaptured)
-        await self.bus().ensure_topics({name: spec, retry(name): spec, dlq(name): TopicSpec(1, False, ImageCaptured)})
+        await self.bus().ensure_topics({name: TopicSpec(partitions, False, ImageCaptured)})
         return name
 
     def append(self, topic: str, key: str, value: bytes) -> None:
@@ -60,11 +59,11 @@ def make_bus(kind: str, place: str, *, grace_s: float = 5.0) -> Bus:
 
 
 class Collector:
-    """A handler that keeps what it is given, and can be waited for."""
+    """A handler that keeps what it is given, and can be waited for. beside: another one, to be waited for together."""
 
-    def __init__(self) -> None:
+    def __init__(self, beside: "Collector | None" = None) -> None:
         self.events: list[Event] = []
-        self._changed = asyncio.Condition()
+        self._changed: asyncio.Condition = beside._changed if beside else asyncio.Condition()
 
     async def __call__(self, event: Event) -> None:
         self.events.append(event)

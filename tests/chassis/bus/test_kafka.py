@@ -40,7 +40,8 @@ async def test_partition_moves_to_a_new_member_when_its_handlers_are_done(store:
     topic = await store.topic(partitions=2)
     publisher, gate = store.made[0], asyncio.Event()
     await asyncio.gather(*(publisher.publish(topic, f"old-{number}", b"", {}) for number in range(20)))
-    begun, finished, second = Collector(), Collector(), Collector()
+    begun, finished = Collector(), Collector()
+    second = Collector(beside=finished)
 
     async def handle(event: Event) -> None:
         await begun(event)
