@@ -37,6 +37,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ID = re.compile(r"[0-9a-f]{128}")
 _TIMEOUT_S = 10.0
 _ROWS_A_CALL = 1000
+# pymilvus pings an idle connection every 10 s, for which milvus-lite's server closes it ("too many pings").
+GRPC_OPTIONS = {"grpc.keepalive_permit_without_calls": 0}
 _NOT_LOADED = 101  # merr.ErrCollectionNotLoaded of Milvus; milvus-lite has the same
 
 Vector = npt.NDArray[np.float32]
@@ -224,7 +226,7 @@ def _connected(uri: str, token: str) -> MilvusClient:
     if uri.endswith(".db"):
         Path(uri).parent.mkdir(parents=True, exist_ok=True)
     try:
-        return MilvusClient(uri=uri, token=token, timeout=_TIMEOUT_S)
+        return MilvusClient(uri=uri, token=token, timeout=_TIMEOUT_S, grpc_options=GRPC_OPTIONS)
     except MilvusException as error:
         reason = error.message
         if uri.endswith(".db"):

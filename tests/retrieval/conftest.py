@@ -12,7 +12,7 @@ from services.chassis import rpc
 from services.chassis.images import ImageStore
 from services.retrieval.catalogue import Catalogue
 from services.retrieval.embedding import Embedder
-from services.retrieval.library import COLLECTION, ExemplarLibrary
+from services.retrieval.library import COLLECTION, GRPC_OPTIONS, ExemplarLibrary
 from services.retrieval.service import RetrievalService
 from tests.retrieval.exemplars import MeanColours
 
@@ -23,7 +23,7 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "embedded":
         return str(tmp_path / "library.db")
     server: str = request.getfixturevalue("milvus_uri")
-    client = MilvusClient(uri=server, timeout=10)
+    client = MilvusClient(uri=server, timeout=10, grpc_options=GRPC_OPTIONS)
     client.drop_collection(COLLECTION)
     client.close()
     return server
