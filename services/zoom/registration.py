@@ -17,8 +17,8 @@ Confidence as measured on the training rows of deeppcb and magnetic_tile; min_co
     two tiles                                         200           .07 .30 .43
     two tiles of the same size                        382           .24 .60 .70
 The low boards are bare or striped: they lie the same in many ways. The last row leaves out 18 pairs over .8: the dozen
-looked at were one tile under two group numbers. Of boards moved by up to 6 degrees and 5 % of scale .98 are found, by up
-to 15 degrees and 12 % .90.
+looked at were one tile under two group numbers. Of boards moved by up to 6 degrees and 5 % of scale .98 are found, by
+up to 15 degrees and 12 % .90.
 """
 
 import math
