@@ -54,6 +54,11 @@ class Versions:
         """Raises Transient: none is loaded."""
         return self._current().engine.card
 
+    @property
+    def loaded(self) -> list[str]:
+        """The loaded versions; the last one is current."""
+        return list(self._versions)
+
     async def generate(
         self,
         messages: Sequence[pb.Message],

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
@@ -52,9 +53,22 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cp
         raise ValueError(f"{path} holds no checkpoint (config.json is missing)")
     renderer = Renderer.from_checkpoint(path)
     logging.disable_progress_bar()  # it would draw over structured logs
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, local_files_only=True).to(device).eval()
+    model = _load_model(path, dtype).to(device).eval()
     card = read_card(path, default_version=f"{path.resolve().name}-{sha256_of(path)[:12]}")
     return LoadedPolicy(model, renderer, card, read_vocabulary(renderer, model), torch.device(device))
+
+
+def _load_model(path: Path, dtype: torch.dtype) -> Any:
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from error
+    # transformers only warns, and fills the gaps with random numbers.
+    if missing := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+        raise ValueError(f"{path} lacks weights of its model: {', '.join(missing[:3])}…")
+    return model
 
 
 def sha256_of(path: str | Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,15 @@ def assistant(*parts: str | Sequence[int]) -> pb.Message:
 def opening(seed: int = 0, category: str = "bottle") -> list[pb.Message]:
     """An inspection's first prompt."""
     return [system("You inspect industrial parts."), user(make_image(seed), f"Image 1: {category}.")]
+
+
+async def eventually(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Returns when `condition` holds; fails after `seconds`."""
+    for _ in range(int(seconds / 0.02)):
+        if condition():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError(f"it did not come true within {seconds} s")
 
 
 async def fill(engine: Engine) -> list[asyncio.Task[pb.Generation]]:

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from agentiad.v1 import trajectory_pb2 as pb
 from agentiad.v1.policy_pb2 import PolicyCard
@@ -44,6 +45,15 @@ def test_a_torn_checkpoint_is_refused(tmp_path: Path, missing: str) -> None:
     make_tiny_checkpoint(tmp_path)
     (tmp_path / missing).unlink()
     with pytest.raises((OSError, ValueError)):
+        checkpoint.load(tmp_path)
+
+
+def test_missing_weights_are_not_filled_with_random_ones(tmp_path: Path) -> None:
+    make_tiny_checkpoint(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.language_model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"up_proj"):
         checkpoint.load(tmp_path)
 
 
