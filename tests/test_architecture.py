@@ -1,4 +1,4 @@
-"""The arrows of the design, read from the imports themselves: services stand on chassis and vlm and never on each other."""
+"""The arrows of the design, read from the imports: services stand on chassis and vlm and never on each other."""
 
 import ast
 from pathlib import Path

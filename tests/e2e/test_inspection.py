@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import signal
 from collections import defaultdict
@@ -11,8 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from agentiad.v1 import events_pb2
+from agentiad.v1 import trajectory_pb2 as pb
 from services.agent import online
 from services.chassis import topics
 from services.chassis.bus import Event, cloudevents
@@ -42,18 +45,23 @@ async def plant(request: pytest.FixtureRequest, tmp_path: Path, redis_url: str) 
 
 async def publish_broken(plant: Stack) -> set[str]:
     """An event whose image is no image, one whose image is gone, one that is no protobuf; the reasons to expect."""
-    broken = plant.folder / "broken.png"
+    broken, gone = plant.folder / "broken.png", plant.folder / "gone.png"
+    Image.new("RGB", (64, 64), "teal").save(gone)
+    reference = plant.images.describe(gone)
+    gone.unlink()
     broken.write_bytes(b"\x89PNG\r\n\x1a\n, or so it says")
-    good = plant.images.describe(plant.parts[0].image)
-    for name, uri, sha256 in [
-        ("broken image", broken.as_uri(), "a1" * 32),
-        ("missing file", (plant.folder / "gone.png").as_uri(), good.sha256),
-    ]:
-        captured = events_pb2.ImageCaptured(event_id=name, line="L1", category="brushed_metal", image=good)
-        captured.image.uri, captured.image.sha256 = uri, sha256
-        await publish(plant, name, captured.SerializeToString())
+    wrong = pb.ImageReference(
+        uri=broken.as_uri(),
+        sha256=hashlib.sha256(broken.read_bytes()).hexdigest(),
+        media_type="image/png",
+        width=9,
+        height=9,
+    )
+    for event_id, image in [("broken image", wrong), ("missing file", reference)]:
+        captured = events_pb2.ImageCaptured(event_id=event_id, line="L1", category="brushed_metal", image=image)
+        await publish(plant, event_id, captured.SerializeToString())
     await publish(plant, "no protobuf", b"\xff\xff\xff")
-    return {"sha256", "gone.png", "not an agentiad.v1.ImageCaptured"}
+    return {"broken.png", "gone.png", "not an agentiad.v1.ImageCaptured"}
 
 
 async def publish(plant: Stack, event_id: str, body: bytes, line: str = "L1") -> None:
