@@ -57,7 +57,7 @@ def mark(kind: str, rng: np.random.Generator, soft: bool) -> tuple[Grey, float]:
     drawn = cv2.resize(_draw(kind, extent, rng), (_TILE, _TILE), interpolation=cv2.INTER_AREA)
     drawn = cv2.GaussianBlur(drawn, (0, 0), 0.45)  # the lens
     smudge = cv2.GaussianBlur(drawn, (0, 0), rng.uniform(1.6, 2.2))
-    scale = np.float32(rng.uniform(2300, 3300) / drawn.sum())
+    scale = np.float32(rng.uniform(4000, 5500) / drawn.sum())
     # The detail sums to zero and lies above what a 4-fold shrink lets through (AUROC of the best local statistic of the
     # first view 0.68, of the crop 0.99).
     detail = 0.0 if soft else _DETAIL * (drawn - cv2.GaussianBlur(drawn, (0, 0), 1.0))

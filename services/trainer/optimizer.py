@@ -54,15 +54,13 @@ def orthogonalised(matrices: Tensor, steps: int) -> Tensor:
 
 
 def make_optimizers(modules: Iterable[nn.Module], matrices_lr: float, others_lr: float) -> list[torch.optim.Optimizer]:
-    """Matrices that turn one hidden space into another go to Muon; embeddings, convolutions, vectors to AdamW."""
+    """Matrices that turn one hidden space into another go to Muon (if its rate is not zero), all else to AdamW."""
     matrices: list[Tensor] = []
     others: list[Tensor] = []
     for module in modules:
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                hidden = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
+                hidden = matrices_lr > 0 and parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
                 (matrices if hidden else others).append(parameter)
-    return [
-        Muon(matrices, lr=matrices_lr),
-        torch.optim.AdamW(others, lr=others_lr, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    adam = torch.optim.AdamW(others, lr=others_lr, betas=(0.9, 0.98), weight_decay=0.0)
+    return [Muon(matrices, lr=matrices_lr), adam] if matrices else [adam]

@@ -1,8 +1,8 @@
 """The vision pretext: what lies at each visual token, and its box, through heads that are thrown away.
 
-It teaches the tower directly where it would else have to wait for the language model to ask. A box is told as a reply tells
-it: in the image's own coordinates, by the coordinates' own embeddings. So a visual token comes to hold, in the language
-model's terms, what the model will have to say after it has looked there.
+It teaches the tower directly where it would else have to wait for the language model to ask. A box is told as a reply
+tells it: in the image's own coordinates, by the coordinates' own embeddings. So a visual token comes to hold, in the
+language model's terms, what the model will have to say after it has looked there.
 """
 
 import torch
@@ -44,9 +44,9 @@ class PretextHeads(nn.Module):
         loss = F.cross_entropy(self.kind(normed), labels, self.weight, ignore_index=_IGNORED)
         found = labels > 0
         if embeddings is not None and found.any():
-            said = self.box(normed[found]).unflatten(1, (4, -1)) @ embeddings.T
+            said = self.box(normed[found]).view(-1, 4, embeddings.shape[1]) @ embeddings.T
             bins = (boxes[found] * (_STEPS - 1)).round().long()
-            wanted = smoothed(bins.flatten(), _STEPS, sigma).unflatten(0, bins.shape)
+            wanted = smoothed(bins.flatten(), _STEPS, sigma).view(-1, 4, _STEPS)
             loss = loss - (wanted * F.log_softmax(said, dim=-1)).sum(-1).mean()
         return loss
 

@@ -187,8 +187,8 @@ def _order_coordinates(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
 def _sharpen(model: Any) -> None:
     """Lets heads of 32 single out one token of a hundred from the start.
 
-    Queries and keys are normalised, so that a logit is at most sqrt(head) times the product of the two gains: 5.7 at the
-    usual gain of one, and these gains learn slowly.
+    Queries and keys are normalised, so that a logit is at most sqrt(head) times the product of the two gains: 5.7 at
+    the usual gain of one, and these gains learn slowly.
     """
     for layer in model.model.language_model.layers:
         for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):

@@ -16,7 +16,7 @@ from tests.policy.checkpoints import Architecture, make_tiny_checkpoint
 from tests.trainer.make_runs import make_pocket, make_recipe, make_settings
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -52,9 +52,9 @@ def test_a_killed_run_goes_on_to_the_same_parameters(base: Path, examples: list[
     def kill(metrics: dict[str, float]) -> None:
         # Two steps after the last checkpoint that a resumed run can find.
         if metrics["step"] == 5:
-            raise Killed
+            raise KilledError
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         make_loop(base, examples, settings).run(kill)
     resumed = make_loop(base, examples, settings)
     assert resumed.resume()
