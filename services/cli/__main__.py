@@ -65,7 +65,8 @@ def up(
 ) -> None:
     """Run the whole stack as local processes until Ctrl-C, and say when it is ready.
 
-    Embedded by default; uses Kafka when KAFKA_BOOTSTRAP_SERVERS is set, and likewise REDIS_URL, MILVUS_URI, TRITON_URL.
+    Embedded by default; uses Kafka when KAFKA_BOOTSTRAP_SERVERS is set, and likewise REDIS_URL, MILVUS_URI,
+    and Triton with ENGINE_HOST=triton and TRITON_URL.
     Pictures are read from IMAGE_ROOTS (default: the current folder). `agentiad config` prints every setting.
     """
     from services.cli import up as command
