@@ -18,7 +18,7 @@ TEXTURES = ("brushed_metal", "woven", "dotted_board")
 MARKS = ("scratch", "dent", "spots")
 
 _TILE = 48  # a mark is drawn on a tile of this size: its largest extent of 24 px plus room for the blur
-_DETAIL = 1.4  # gain of a defect's fine detail
+_DETAIL = 2.2  # gain of a defect's fine detail
 _OVERSAMPLING = 4  # drawn larger and shrunk, so that thin lines have soft, sub-pixel edges
 
 
@@ -56,8 +56,8 @@ def mark(kind: str, rng: np.random.Generator, soft: bool) -> tuple[Grey, float]:
     extent = rng.uniform(13, 24)
     drawn = cv2.resize(_draw(kind, extent, rng), (_TILE, _TILE), interpolation=cv2.INTER_AREA)
     drawn = cv2.GaussianBlur(drawn, (0, 0), 0.45)  # the lens
-    smudge = cv2.GaussianBlur(drawn, (0, 0), rng.uniform(1.6, 2.2))
-    scale = np.float32(rng.uniform(4000, 5500) / drawn.sum())
+    smudge = cv2.GaussianBlur(drawn, (0, 0), rng.uniform(2.0, 2.8))
+    scale = np.float32(rng.uniform(6500, 8500) / drawn.sum())
     # The detail sums to zero and lies above what a 4-fold shrink lets through (AUROC of the best local statistic of the
     # first view 0.68, of the crop 0.99).
     detail = 0.0 if soft else _DETAIL * (drawn - cv2.GaussianBlur(drawn, (0, 0), 1.0))

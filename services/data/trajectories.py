@@ -106,7 +106,7 @@ class Demonstrator:
         """Zooms on `target`, or with `miss` somewhere else, which the policy is not to imitate."""
         box = self._elsewhere(target) if miss else self._framed(target)
         say = words.check_difference if self.aligned and not again else words.look_again if again else words.look_closer
-        self._say(protocol.crop_reply(say(self.rng, box), box), imitate=not miss)
+        self._say(protocol.crop_reply(say(self.rng), box), imitate=not miss)
 
     def look_at_all(self) -> None:
         self._say(protocol.crop_reply(words.whole(self.rng), (0.1, 0.1, 0.9, 0.9)))

@@ -1,7 +1,8 @@
 """What demonstrations say: short thoughts and descriptions, from templates.
 
 A thought before an answer never gives the verdict away: the decision falls at the verdict token, whose probability is
-the raw score of the inspection. What was seen is told after it, in the descriptions.
+the raw score of the inspection. What was seen is told after it, in the descriptions. Nor does a thought name a place:
+the box does, and a small policy would else learn the box from the words instead of the picture.
 """
 
 import numpy as np
@@ -9,15 +10,13 @@ import numpy as np
 Box = tuple[float, float, float, float]
 
 _LOOK_CLOSER = (
-    "Something at the {place}. Look closer.",
-    "A mark at the {place}: too small to judge from here.",
-    "The {place} draws the eye. Zoom in.",
-    "There is a spot at the {place}; a closer look will tell what it is.",
+    "Something draws the eye. Look closer.",
+    "A mark, too small to judge from here.",
+    "There is a spot; a closer look will tell what it is.",
 )
 _LOOK_AGAIN = (
-    "Nothing to judge here. The {place} next.",
-    "That was beside it. Look at the {place}.",
-    "Not there; try the {place}.",
+    "That was beside it. Look again.",
+    "Not there; try another place.",
 )
 _COMPARE = (
     "Only a normal part tells whether all is in its place.",
@@ -31,9 +30,8 @@ _COMPARE_DETAIL = (
     "A normal part will tell whether this belongs here.",
 )
 _CHECK_DIFFERENCE = (
-    "The {place} is worth a closer look.",
-    "Check the {place} of the comparison.",
-    "Look at the {place} in detail.",
+    "One place is worth a closer look.",
+    "Look at a detail of the comparison.",
 )
 _WHOLE = ("Compare the whole part.", "Look at all of it.", "The whole part next.")
 _DECIDE = (
@@ -68,16 +66,16 @@ def place(box: Box) -> str:
     return side if row == 1 else f"{('upper', '', 'lower')[row]} {side}"
 
 
-def look_closer(rng: np.random.Generator, box: Box) -> str:
-    return _pick(rng, _LOOK_CLOSER).format(place=place(box))
+def look_closer(rng: np.random.Generator) -> str:
+    return _pick(rng, _LOOK_CLOSER)
 
 
-def look_again(rng: np.random.Generator, box: Box) -> str:
-    return _pick(rng, _LOOK_AGAIN).format(place=place(box))
+def look_again(rng: np.random.Generator) -> str:
+    return _pick(rng, _LOOK_AGAIN)
 
 
-def check_difference(rng: np.random.Generator, box: Box) -> str:
-    return _pick(rng, _CHECK_DIFFERENCE).format(place=place(box))
+def check_difference(rng: np.random.Generator) -> str:
+    return _pick(rng, _CHECK_DIFFERENCE)
 
 
 def compare(rng: np.random.Generator, looked: bool) -> str:
