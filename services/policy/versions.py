@@ -22,7 +22,7 @@ from agentiad.v1.policy_pb2 import PolicyCard
 from services.chassis import telemetry
 from services.chassis.errors import BadInput, Exhausted, NotFound, Transient
 from services.policy.engine import Engine, Host
-from services.vlm.checkpoint import sha256_of
+from services.vlm.checkpoint import card_of, sha256_of
 
 
 @dataclass(eq=False)
@@ -93,17 +93,14 @@ class Versions:
             found = await asyncio.to_thread(_digest, checkpoint)
             if sha256 and sha256 != found:
                 raise BadInput(f"{checkpoint} has sha256 {found}, not {sha256}")
-            loaded = self._versions.get(version)
+            name = version or _card(checkpoint, found).version
+            loaded = self._versions.get(name)
             if loaded is None:
-                engine = await self._host.open(checkpoint, version)
-                loaded = self._versions.get(engine.card.version)
-                if loaded is None:
-                    loaded = _Version(engine, found)
-                    await self._warm_up(engine)
-                else:
-                    await engine.close()
-            if loaded.sha256 != found:
-                raise BadInput(f"policy version {loaded.engine.card.version!r} is loaded already with other weights")
+                engine = await self._host.open(checkpoint, name)
+                await self._warm_up(engine)
+                loaded = _Version(engine, found)
+            elif loaded.sha256 != found:
+                raise BadInput(f"policy version {name!r} is loaded already with other weights")
             self._take_over(loaded)
             return loaded.engine.card
 
@@ -170,6 +167,13 @@ def _digest(checkpoint: Path) -> str:
     try:
         return sha256_of(checkpoint)
     except (OSError, ValueError) as error:
+        raise BadInput(str(error)) from error
+
+
+def _card(checkpoint: Path, sha256: str) -> PolicyCard:
+    try:
+        return card_of(checkpoint, sha256)
+    except ValueError as error:
         raise BadInput(str(error)) from error
 
 

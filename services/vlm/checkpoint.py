@@ -54,8 +54,16 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cp
     renderer = Renderer.from_checkpoint(path)
     logging.disable_progress_bar()  # it would draw over structured logs
     model = _load_model(path, dtype).to(device).eval()
-    card = read_card(path, default_version=f"{path.resolve().name}-{sha256_of(path)[:12]}")
+    card = card_of(path, sha256_of(path))
     return LoadedPolicy(model, renderer, card, read_vocabulary(renderer, model), torch.device(device))
+
+
+def card_of(path: Path, sha256: str) -> PolicyCard:
+    """The folder's card; a foreign checkpoint's version is its name and the beginning of its weights' digest.
+
+    Raises ValueError: the card cannot be read.
+    """
+    return read_card(path, default_version=f"{path.resolve().name}-{sha256[:12]}")
 
 
 def _load_model(path: Path, dtype: torch.dtype) -> Any:
