@@ -74,6 +74,11 @@ class TransformersEngine:
     def card(self) -> PolicyCard:
         return self._policy.card
 
+    @property
+    def prefix_bytes(self) -> int:
+        """Memory that kept prefixes take now."""
+        return self._cache.size
+
     async def generate(
         self, messages: Sequence[pb.Message], sampling: pb.Sampling, deadline: float | None = None
     ) -> pb.Generation:
@@ -93,9 +98,10 @@ class TransformersEngine:
         """See services.policy.engine.Engine."""
         self._arrivals.put(None)
         await asyncio.to_thread(self._thread.join)
-        self._preparers.shutdown(wait=False, cancel_futures=True)
+        self._preparers.shutdown(wait=False)  # what it still prepares finds the engine closed
 
     async def _generate(self, messages: Sequence[pb.Message], sampling: pb.Sampling) -> pb.Generation:
+        self._check_alive()
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[pb.Generation] = loop.create_future()
         deliver = partial(_deliver, loop, answer)
