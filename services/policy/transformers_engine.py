@@ -121,6 +121,8 @@ class TransformersEngine:
         try:
             sampler.check(sampling)
             prompt = make_prompt(self._policy.renderer.render(messages))
+            # Before any pixel is read: an image takes at least one token.
+            self._check_length(sum(len(chunk.ids) if isinstance(chunk, TokenChunk) else 1 for chunk in prompt.chunks))
             match = self._cache.match(prompt.boundaries)
             boundary, node = match or (None, None)
             self._read_pixels(prompt, prompt.images_from(boundary))
@@ -140,12 +142,15 @@ class TransformersEngine:
             node=node,
             suffix=suffix,
         )
-        room = self._max_context - row.prompt_tokens
-        if room <= 0:
-            raise BadInput(f"the prompt has {row.prompt_tokens} tokens, {self._max_context} is the limit")
-        row.max_new_tokens = min(row.max_new_tokens, room)
+        self._check_length(row.prompt_tokens)
+        row.max_new_tokens = min(row.max_new_tokens, self._max_context - row.prompt_tokens)
         row.uniform = sampler.random_numbers(sampling.seed, row.max_new_tokens)
         return row
+
+    def _check_length(self, prompt_tokens: int) -> None:
+        """There must be room for one more."""
+        if prompt_tokens >= self._max_context:
+            raise BadInput(f"the prompt has {prompt_tokens} tokens or more, {self._max_context} is the limit")
 
     def _read_pixels(self, prompt: Prompt, images: Sequence[tuple[int, pb.Image]]) -> None:
         for index, image in images:

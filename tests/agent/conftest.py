@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
 from services.cli.inspect import add_exemplars
 from services.cli.stack import Stack, embedded
@@ -19,10 +20,15 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     return read(write_set(tmp_path_factory.mktemp("parts"), per_category=2, variants_per_category=2))
 
 
-@pytest.fixture
-async def stack(tmp_path: Path, samples: list[Sample]) -> AsyncIterator[Stack]:
-    root = samples[0].image.parents[3]
-    async with embedded(tmp_path, [root, tmp_path], None) as made:
+@pytest.fixture(scope="session")
+def root(samples: list[Sample]) -> Path:
+    """The allowed root that the parts lie under."""
+    return samples[0].image.parents[3]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stack(tmp_path_factory: pytest.TempPathFactory, samples: list[Sample], root: Path) -> AsyncIterator[Stack]:
+    async with embedded(tmp_path_factory.mktemp("stack"), [root], None) as made:
         for category in {sample.category for sample in samples}:
             normals = [s.image for s in samples if s.split == "train" and s.category == category]
             await add_exemplars(made, category, normals)

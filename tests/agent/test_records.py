@@ -6,6 +6,7 @@ import uuid
 from collections.abc import AsyncIterator
 
 import pytest
+import pytest_asyncio
 from redis.asyncio import Redis
 
 from agentiad.v1 import events_pb2
@@ -19,8 +20,10 @@ from services.chassis.errors import Transient
 from services.cli.stack import Stack
 from services.data.readers import Sample
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-@pytest.fixture
+
+@pytest_asyncio.fixture(loop_scope="module")
 async def records(redis_url: str) -> AsyncIterator[Records]:
     async with Redis.from_url(redis_url) as redis:
         yield Records(redis)

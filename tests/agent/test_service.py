@@ -15,6 +15,8 @@ from agentiad.v1 import trajectory_pb2 as pb
 from services.cli.stack import Stack
 from services.data.readers import Sample
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 
 def make_captured(stack: Stack, image: Path, category: str = "pin_board") -> events_pb2.ImageCaptured:
     captured = events_pb2.ImageCaptured(
@@ -87,19 +89,19 @@ async def test_a_category_nobody_was_trained_on_is_said(stack: Stack, part: Samp
 
 
 @pytest.mark.parametrize("what", ["gone", "sha256", "not an image", "outside", "no reference"])
-async def test_unusable_images_have_a_status(stack: Stack, part: Sample, tmp_path: Path, what: str) -> None:
+async def test_unusable_images_have_a_status(stack: Stack, part: Sample, root: Path, what: str) -> None:
     captured = make_captured(stack, part.image)
     code, words = grpc.StatusCode.INVALID_ARGUMENT, ""
     match what:
         case "gone":
-            captured.image.uri = (tmp_path / "gone.png").as_uri()
+            captured.image.uri = (root / "gone.png").as_uri()
             code, words = grpc.StatusCode.NOT_FOUND, "gone.png"
         case "sha256":
             captured.image.sha256 = "0" * 64
             words = "sha256"
         case "not an image":
-            (tmp_path / "page.png").write_text("<html>")
-            captured.image.uri = (tmp_path / "page.png").as_uri()
+            (root / "page.png").write_text("<html>")
+            captured.image.uri = (root / "page.png").as_uri()
             words = "sha256"
         case "outside":
             captured.image.uri, words = "file:///etc/hostname", "file:///etc/hostname"

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from agentiad.v1 import trajectory_pb2 as pb
 from services.chassis.errors import BadInput, Exhausted, Transient
+from services.policy.hosts import InProcessHost
 from services.policy.settings import EngineSettings
 from services.policy.triton_host import TritonHost, model_name
 from services.policy.triton_server import triton_command
 from tests.harness.process import free_port, running, wait_for_port
-from tests.policy.conversations import GREEDY, LONG, fill, free_again, opening
+from tests.policy.conftest import ARCHITECTURES
+from tests.policy.conversations import GREEDY, LONG, assistant, fill, free_again, make_image, opening, user
 
 pytestmark = pytest.mark.triton
 TWO_PLACES = EngineSettings(torch_threads=1, max_batch=1, max_queue=1)
@@ -24,6 +27,30 @@ def test_model_names_differ_as_versions_do(version: str) -> None:
     assert name.isascii()
     assert "/" not in name
     assert name != model_name(version + "x")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+async def test_triton_and_the_process_answer_alike(
+    triton: str, tiny_checkpoints: dict[str, Path], architecture: str
+) -> None:
+    """In Triton: eight at once, prefixes reused. In the process: one at a time, nothing reused."""
+    alone = InProcessHost(EngineSettings(torch_threads=1, max_batch=1, prefix_cache_mib=0))
+    host = TritonHost(triton, EngineSettings(torch_threads=1))
+    here = await alone.open(tiny_checkpoints[architecture], "alike")
+    there = await host.open(tiny_checkpoints[architecture], "alike")
+    conversations = [opening(seed) for seed in range(8)]
+    for turn in range(2):
+        wishes = [pb.Sampling(temperature=seed % 2, max_new_tokens=12, seed=seed + turn) for seed in range(8)]
+        together = await asyncio.gather(*map(there.generate, conversations, wishes))
+        for index, generation in enumerate(together):
+            expected = await here.generate(conversations[index], wishes[index])
+            assert generation.token_ids == expected.token_ids
+            assert generation.log_probabilities == pytest.approx(list(expected.log_probabilities), abs=1e-4)
+            assert turn == 0 or generation.cached_tokens > expected.cached_tokens == 0
+            conversations[index] += [assistant(generation.token_ids), user(make_image(index + 50), "Image 2: closer.")]
+    for engine in (here, there):
+        await engine.close()
+    await host.close()
 
 
 async def test_a_client_that_vanishes_frees_its_place(triton: str, tiny_checkpoint: Path) -> None:

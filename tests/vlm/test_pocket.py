@@ -74,5 +74,7 @@ def test_the_shipped_checkpoint_loads_and_its_card_is_whole() -> None:
     card = read_card(SHIPPED)
     assert set(procedural.CATEGORIES) <= set(card.categories)
     assert card.comparison_view == pb.COMPARISON_VIEW_COMPOSITE
-    assert card.quality["balanced_accuracy"] >= 0.95
+    # As measured when it was made, on parts that training never saw.
+    assert card.quality["held_out_parts"] >= 100
+    assert card.quality["balanced_accuracy"] >= card.quality["balanced_accuracy_without_tools"] + 0.15
     assert load(SHIPPED).card.version == card.version
