@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import uuid
 from datetime import timedelta
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from PIL import Image
 
 from agentiad.v1 import agent_pb2, events_pb2
 from agentiad.v1 import trajectory_pb2 as pb
@@ -88,21 +90,25 @@ async def test_a_category_nobody_was_trained_on_is_said(stack: Stack, part: Samp
     assert all("left shoe" in answer or "Give" in answer or "left" in answer for answer in answers)
 
 
+def what_colour(what: str) -> tuple[int, int, int]:
+    return (len(what) * 9, 90, 160)
+
+
 @pytest.mark.parametrize("what", ["gone", "sha256", "not an image", "outside", "no reference"])
 async def test_unusable_images_have_a_status(stack: Stack, part: Sample, root: Path, what: str) -> None:
-    captured = make_captured(stack, part.image)
-    code, words = grpc.StatusCode.INVALID_ARGUMENT, ""
+    # A picture of its own: what is in a cache is known by its digest, wherever it lies.
+    Image.new("RGB", (64, 64), what_colour(what)).save(root / "own.png")
+    captured = make_captured(stack, root / "own.png")
+    code, words = grpc.StatusCode.INVALID_ARGUMENT, "own.png"
     match what:
         case "gone":
-            captured.image.uri = (root / "gone.png").as_uri()
-            code, words = grpc.StatusCode.NOT_FOUND, "gone.png"
+            (root / "own.png").unlink()
+            code = grpc.StatusCode.NOT_FOUND
         case "sha256":
             captured.image.sha256 = "0" * 64
-            words = "sha256"
         case "not an image":
-            (root / "page.png").write_text("<html>")
-            captured.image.uri = (root / "page.png").as_uri()
-            words = "sha256"
+            (root / "own.png").write_text("<html>")
+            captured.image.sha256 = hashlib.sha256(b"<html>").hexdigest()
         case "outside":
             captured.image.uri, words = "file:///etc/hostname", "file:///etc/hostname"
         case "no reference":
