@@ -80,6 +80,20 @@ def test_there_are_never_more_rows_than_allowed(policy: LoadedPolicy) -> None:
     assert batch.select(waiting) == ([], rows[3:])
 
 
+def test_few_rows_wait_a_little_for_more(policy: LoadedPolicy) -> None:
+    batch = Batch(policy, PrefixCache(0), 32)
+    batch.join([make_row(policy, str(number), 50) for number in range(12)])
+    late = make_row(policy, "late")
+    waited = 0
+    while not batch.select([late])[0]:
+        waited += 1
+    assert 1 <= waited <= 10
+    # Two of them are a sixth of the batch, and go at once; as does one beside an empty batch.
+    pair = [late, make_row(policy, "later")]
+    assert batch.select(pair) == (pair, [])
+    assert Batch(policy, PrefixCache(0), 32).select([late]) == ([late], [])
+
+
 def test_of_a_group_one_goes_ahead_and_the_others_follow_together(policy: LoadedPolicy) -> None:
     batch = Batch(policy, PrefixCache(10**8), 8)
     group = [make_row(policy, "the same") for _ in range(4)]
