@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from services.trainer.__main__ import app as train_app
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -14,7 +16,6 @@ app = typer.Typer(
     "Start with [bold]agentiad demo[/bold], then [bold]agentiad inspect my_pictures/ --normals good_ones/[/bold].",
 )
 exemplars_app = typer.Typer(no_args_is_help=True, help="The library of normal images that parts are compared with.")
-train_app = typer.Typer(no_args_is_help=True, help="Make policies.")
 app.add_typer(exemplars_app, name="exemplars")
 app.add_typer(train_app, name="train")
 
@@ -143,31 +144,6 @@ def exemplars_remove(
     from services.cli import exemplars as command
 
     raise typer.Exit(command.remove(category, sha256 or [], everything, data_dir))
-
-
-@train_app.command("sft")
-def train_sft(
-    out: Annotated[Path, typer.Option(help="Where the checkpoint goes. Run again after an interruption: it resumes.")],
-    data: Annotated[
-        str,
-        typer.Option(help="'procedural', or a data set: a manifest.jsonl, an MVTec layout, or a folder a category."),
-    ] = "procedural",
-    preset: Annotated[
-        str,
-        typer.Option(
-            help="pocket: a small policy from nothing, on a laptop's CPU. pretrained: "
-            "the paper's settings for a large --base."
-        ),
-    ] = "pocket",
-    base: Annotated[Path | None, typer.Option(help="A checkpoint folder to go on from.")] = None,
-    seed: Annotated[int, typer.Option(help="Another seed, another run.")] = 0,
-) -> None:
-    """Supervised fine-tuning: teach a policy to look, zoom, compare and answer, from boxes."""
-    from services.cli.inspect import console
-    from services.trainer.settings import preset as settings_of
-    from services.trainer.sft import train
-
-    console.print(f"Checkpoint: {train(settings_of(preset, data=data, out=out, base=base, seed=seed), console)}")
 
 
 def main() -> None:

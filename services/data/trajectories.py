@@ -181,10 +181,12 @@ class Demonstrator:
         self._region = region
         found: list[Mark] = []
         far = region == WHOLE and not compared
-        for kind, box in self.subject.defects if marks else ():
+        # Of what only a comparison can judge, the first view shows nothing worth a mark.
+        shown = marks and (self.subject.visible or not far)
+        for kind, box in self.subject.defects if shown else ():
             if self.subject.visible or compared:
                 found += _seen("mark" if far else kind, box, region)
-        for box in self.subject.benign if marks else ():
+        for box in self.subject.benign if shown else ():
             found += _seen("mark" if far else "benign", box, region)
         self.demonstration.views.append(View(image, tuple(found)))
 

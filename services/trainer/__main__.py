@@ -1,28 +1,47 @@
-"""`python -m services.trainer`: what `agentiad train sft` runs."""
+"""`python -m services.trainer`, which is also `agentiad train`. Light to start: each command imports what it needs."""
 
-import argparse
+from __future__ import annotations
+
 from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Make policies.")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m services.trainer", description="Train a policy by demonstrations.")
-    parser.add_argument("--data", default="procedural", help="'procedural', or a data set's folder or manifest")
-    parser.add_argument("--out", type=Path, required=True, help="where the checkpoint goes; run again to resume")
-    parser.add_argument("--preset", choices=["pocket", "pretrained"], default="pocket")
-    parser.add_argument("--base", type=Path, help="a checkpoint to go on from; without one a fresh pocket is made")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+# With a callback a single command keeps its name.
+@app.callback()
+def train() -> None:
+    pass
 
+
+@app.command()
+def sft(
+    out: Annotated[Path, typer.Option(help="Where the checkpoint goes. Run again after an interruption: it resumes.")],
+    data: Annotated[
+        str,
+        typer.Option(help="'procedural', or a data set: a manifest.jsonl, an MVTec layout, or a folder a category."),
+    ] = "procedural",
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="pocket: a small policy from nothing, on a laptop's CPU. pretrained: "
+            "the paper's settings for a large --base."
+        ),
+    ] = "pocket",
+    base: Annotated[Path | None, typer.Option(help="A checkpoint folder to go on from.")] = None,
+    seed: Annotated[int, typer.Option(help="Another seed, another run.")] = 0,
+) -> None:
+    """Supervised fine-tuning: teach a policy to look, zoom, compare and answer, from boxes."""
     from rich.console import Console
 
-    from services.trainer.settings import preset
-    from services.trainer.sft import train
+    from services.trainer.settings import preset as settings_of
+    from services.trainer.sft import train as run
 
-    settings = preset(
-        arguments.preset, data=arguments.data, out=arguments.out, base=arguments.base, seed=arguments.seed
-    )
-    train(settings, Console())
+    console = Console()
+    console.print(f"Checkpoint: {run(settings_of(preset, data=data, out=out, base=base, seed=seed), console)}")
 
 
 if __name__ == "__main__":
-    main()
+    app()

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
 from agentiad.v1 import trajectory_pb2 as pb
 from services.agent import episode, protocol
 from services.data import procedural
+from services.evaluation import metrics
 from services.policy.transformers_engine import EngineLimits, TransformersEngine
 from services.vlm.checkpoint import load
 from services.zoom import compare, crop
@@ -80,11 +80,8 @@ def play_all(
 
 
 def balanced_accuracy(outcomes: Sequence[Outcome]) -> float:
-    rates = [
-        float(np.mean([outcome.right for outcome in outcomes if outcome.anomalous == anomalous]))
-        for anomalous in (False, True)
-    ]
-    return float(np.mean(rates))
+    truth = [outcome.anomalous for outcome in outcomes]
+    return metrics.balanced_accuracy(truth, [outcome.trajectory.verdict.anomaly_present for outcome in outcomes])
 
 
 async def _play_all(

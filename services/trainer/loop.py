@@ -157,24 +157,28 @@ class Loop:
     def batches(self) -> Iterator[Batch]:
         """From the current step on; the order is a function of the seed alone."""
         per_epoch = max(1, len(self.examples) // self.settings.batch)
-        epoch, order = -1, []
+        made, order = None, []
         for step in range(self.step, self.steps):
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                order = self._order(epoch)
-            picked = [self.examples[i] for i in order[step % per_epoch]]
-            yield collate(picked, self.codec, self.padding_id, self.image_token_id)
+            by_length = step >= self.pretext_steps
+            epoch, position = divmod(step - self.pretext_steps if by_length else step, per_epoch)
+            if made != (by_length, epoch):
+                made, order = (by_length, epoch), self._order(by_length, epoch)
+            picked = order[position]
+            yield collate([self.examples[i] for i in picked], self.codec, self.padding_id, self.image_token_id)
 
-    def _order(self, epoch: int) -> list[list[int]]:
-        rng = np.random.default_rng([self.settings.seed, epoch])
-        shuffled = rng.permutation(len(self.examples))
-        batches = []
+    def _order(self, by_length: bool, epoch: int) -> list[list[int]]:
+        """`by_length`: to save padding. The pretext pads nothing, and learns sooner from mixed batches."""
+        rng = np.random.default_rng([self.settings.seed, by_length, epoch])
+        shuffled = rng.permutation(len(self.examples)).tolist()
         size = self.settings.batch
-        for first in range(0, len(shuffled), size * _WINDOW):
-            window = sorted(shuffled[first : first + size * _WINDOW], key=lambda i: len(self.examples[i].ids))
-            batches += [window[i : i + size] for i in range(0, len(window), size)]
-        rng.shuffle(batches)
-        return [[int(i) for i in batch] for batch in batches]
+        if by_length:
+            window = size * _WINDOW
+            windows = (shuffled[first : first + window] for first in range(0, len(shuffled), window))
+            shuffled = [i for each in windows for i in sorted(each, key=lambda i: len(self.examples[i].ids))]
+        batches = [shuffled[first : first + size] for first in range(0, len(shuffled), size)]
+        if by_length:
+            rng.shuffle(batches)
+        return batches
 
 
 def _coordinates(renderer: Renderer, model: Any) -> Coordinates | None:

@@ -26,11 +26,11 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape[parameter.shape].append(parameter)
             for parameters in by_shape.values():
-                updates = torch.stack([self._momentum(p, group["momentum"]) for p in parameters])
+                updates = torch.stack([self._momentum(p, group["momentum"]).flatten(1) for p in parameters])
                 rows, columns = updates.shape[1:]
                 updates = orthogonalised(updates, group["steps"]) * max(1.0, rows / columns) ** 0.5
                 for parameter, update in zip(parameters, updates, strict=True):
-                    parameter.add_(update, alpha=-group["lr"])
+                    parameter.add_(update.view_as(parameter), alpha=-group["lr"])
 
     def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
         assert parameter.grad is not None
@@ -54,13 +54,18 @@ def orthogonalised(matrices: Tensor, steps: int) -> Tensor:
 
 
 def make_optimizers(modules: Iterable[nn.Module], matrices_lr: float, others_lr: float) -> list[torch.optim.Optimizer]:
-    """Matrices that turn one hidden space into another go to Muon (if its rate is not zero), all else to AdamW."""
+    """What turns one hidden space into another goes to Muon (if its rate is not zero), all else to AdamW.
+
+    A patch embedding is such a matrix, of its flattened kernel. Under AdamW its gradient is mostly brightness, and the
+    fine detail that tells a scratch from a stain is learnt last.
+    """
     matrices: list[Tensor] = []
     others: list[Tensor] = []
     for module in modules:
+        tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
-                hidden = matrices_lr > 0 and parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
-                (matrices if hidden else others).append(parameter)
+                hidden = matrices_lr > 0 and parameter.ndim >= 2 and id(parameter) not in tables
+                (matrices if hidden and "lm_head" not in name else others).append(parameter)
     adam = torch.optim.AdamW(others, lr=others_lr, betas=(0.9, 0.98), weight_decay=0.0)
     return [Muon(matrices, lr=matrices_lr), adam] if matrices else [adam]

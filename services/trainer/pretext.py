@@ -2,10 +2,12 @@
 alike, what the image shows and where.
 
 It teaches the tower directly where it would else have to wait for the language model to ask. A box is told as a reply
-tells it: in the image's own coordinates, by the coordinates' own embeddings. And because every token knows the answer
-for the whole image, the language model may look anywhere to read it: finding one token of 36 by its content is what
-small models learn last.
+tells it: in the image's own coordinates, by the coordinates' own embeddings; the tokens that lie on the mark learn it
+first and the others from them. Once every token knows the answer for the whole image, the language model may look
+anywhere to read it: finding one token of 36 by its content is what small models learn last.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -20,6 +22,7 @@ _COVERED, _TOUCHED = 0.35, 0.08
 # One token in forty holds a mark.
 _NOTHING_WEIGHT = 0.15
 _STEPS = 101  # hundredths, as replies write them
+_EVERYWHERE_WEIGHT = 0.5  # of the box told by every token, against the box told by those on the mark
 
 
 class PretextHeads(nn.Module):
@@ -42,37 +45,53 @@ class PretextHeads(nn.Module):
         image's main one first; embeddings [_STEPS, width] of the coordinates, where the checkpoint has them; sigma as
         in the policy's loss.
         """
-        here, anywhere, boxes = targets(grids, merge, marks)
+        truth = targets(grids, merge, marks)
         normed = self.norm(features)
         assert isinstance(self.weight, Tensor)
-        loss = F.cross_entropy(self.here(normed), here, self.weight, ignore_index=_IGNORED)
-        loss = loss + F.cross_entropy(self.anywhere(normed), anywhere)
-        found = anywhere > 0
-        if embeddings is not None and found.any():
-            said = self.box(normed[found]).view(-1, 4, embeddings.shape[1]) @ embeddings.T
-            bins = (boxes[found] * (_STEPS - 1)).round().long()
-            wanted = smoothed(bins.flatten(), _STEPS, sigma).view(-1, 4, _STEPS)
-            loss = loss - (wanted * F.log_softmax(said, dim=-1)).sum(-1).mean()
+        loss = F.cross_entropy(self.here(normed), truth.here, self.weight, ignore_index=_IGNORED)
+        loss = loss + F.cross_entropy(self.anywhere(normed), truth.anywhere)
+        if embeddings is not None and truth.on_main.any():
+            loss = loss + self._box_loss(normed, truth.boxes, truth.on_main, embeddings, sigma)
+            everywhere = self._box_loss(normed, truth.boxes, truth.anywhere > 0, embeddings, sigma)
+            loss = loss + _EVERYWHERE_WEIGHT * everywhere
         return loss
 
+    def _box_loss(self, normed: Tensor, boxes: Tensor, tokens: Tensor, embeddings: Tensor, sigma: float) -> Tensor:
+        said = self.box(normed[tokens]).view(-1, 4, embeddings.shape[1]) @ embeddings.T
+        bins = (boxes[tokens] * (_STEPS - 1)).round().long()
+        wanted = smoothed(bins.flatten(), _STEPS, sigma).view(-1, 4, _STEPS)
+        return -(wanted * F.log_softmax(said, dim=-1)).sum(-1).mean()
 
-def targets(grids: Tensor, merge: int, marks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each token: its own label and that of its image's main mark, int64 [tokens] (0: nothing, -100: don't care,
-    else 1 + the mark's label), and the main mark's box [tokens, 4].
-    """
-    all_here, all_anywhere, all_boxes = [], [], []
+
+@dataclass(frozen=True)
+class Targets:
+    """Of each token of all images, in their order."""
+
+    here: Tensor  # int64: 0 nothing, -100 don't care, else 1 + the label of the mark that it lies on
+    anywhere: Tensor  # int64: 0 or 1 + the label of its image's main mark
+    boxes: Tensor  # [tokens, 4] of the main mark
+    on_main: Tensor  # bool: it lies on the main mark
+
+
+def targets(grids: Tensor, merge: int, marks: Tensor) -> Targets:
+    """grids [images, 3] in patches; marks [m, 6] as in `PretextHeads.loss`."""
+    each = []
     for image, (_, height, width) in enumerate((grids // merge).tolist()):
         here = torch.zeros(height, width, dtype=torch.long)
+        on_main = torch.zeros(height, width, dtype=torch.bool)
         mine = marks[marks[:, 0] == image].tolist()
-        for _, label, *box in mine:
+        for number, (_, label, *box) in enumerate(mine):
             share = _shares(box, height, width)
             covered = (share >= _COVERED) | (share == share.max())
             here[(share >= _TOUCHED) & ~covered & (here == _NOTHING)] = _IGNORED
             here[covered] = int(label) + 1
-        all_here.append(here.flatten())
-        all_anywhere.append(torch.full((height * width,), int(mine[0][1]) + 1 if mine else _NOTHING))
-        all_boxes.append(torch.tensor(mine[0][2:] if mine else [0.0] * 4).expand(height * width, 4))
-    return torch.cat(all_here), torch.cat(all_anywhere), torch.cat(all_boxes)
+            if number == 0:
+                on_main = covered
+        tokens = height * width
+        anywhere = torch.full((tokens,), int(mine[0][1]) + 1 if mine else _NOTHING)
+        boxes = torch.tensor(mine[0][2:] if mine else [0.0] * 4).expand(tokens, 4)
+        each.append((here.flatten(), anywhere, boxes, on_main.flatten()))
+    return Targets(*(torch.cat(parts) for parts in zip(*each, strict=True)))
 
 
 def _shares(box: list[float], height: int, width: int) -> Tensor:

@@ -34,14 +34,14 @@ class SftSettings(BaseModel):
     base: Path | None = None  # a checkpoint to go on from; without one a fresh pocket is made
     seed: int = 0
 
-    samples: int = 12_000  # episodes that are built (procedural: parts of as many variants)
+    samples: int = 14_000  # episodes that are built (procedural: parts of as many variants)
     epochs: float = 2.0
-    batch: int = Field(default=32, ge=1)  # cheapest a sample on two cores; 64 is slower
+    batch: int = Field(default=16, ge=1)
     single_pass: bool = False  # look and answer, no tools: only to measure what the tools are worth
 
     # The vision tower learns where and what marks are before the language model reads it: without this the whole does
     # not get off the ground in minutes (POCKET.md). Kept as an auxiliary loss.
-    pretext_steps: int = 150
+    pretext_steps: int = 600
     pretext_weight: float = 0.5
 
     # Muon for matrices reached in 300 s what AdamW did not in 362 (POCKET.md).

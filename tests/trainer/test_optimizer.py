@@ -25,9 +25,18 @@ def test_matrices_of_one_shape_are_updated_as_each_alone_would_be() -> None:
     assert torch.allclose(pair[1], alone, atol=1e-5)
 
 
-def test_only_hidden_matrices_go_to_muon() -> None:
-    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "hidden": nn.Linear(4, 4), "conv": nn.Conv2d(1, 1, 2)})
-    model["hidden"].weight.requires_grad_(True)
+def test_a_kernel_is_updated_as_the_matrix_it_flattens_to() -> None:
+    torch.manual_seed(0)
+    kernel = nn.Parameter(torch.randn(6, 2, 3))
+    matrix = nn.Parameter(kernel.detach().flatten(1).clone())
+    kernel.grad, matrix.grad = kernel.detach().clone(), matrix.detach().clone()
+    Muon([kernel], lr=0.1).step()
+    Muon([matrix], lr=0.1).step()
+    assert torch.allclose(kernel.detach().flatten(1), matrix, atol=1e-5)
+
+
+def test_tables_and_vectors_do_not_go_to_muon() -> None:
+    model = nn.ModuleDict({"table": nn.Embedding(5, 4), "hidden": nn.Linear(4, 4), "conv": nn.Conv2d(1, 1, 2)})
     muon, adam = make_optimizers([model], 0.1, 0.1)
-    assert [p.shape for p in muon.param_groups[0]["params"]] == [(4, 4)]
-    assert len(adam.param_groups[0]["params"]) == 4
+    assert [p.shape for p in muon.param_groups[0]["params"]] == [(4, 4), (1, 1, 2, 2)]
+    assert [p.shape for p in adam.param_groups[0]["params"]] == [(5, 4), (4,), (1,)]

@@ -8,22 +8,29 @@ from services.trainer.pretext import PretextHeads, targets
 def test_the_token_under_a_mark_has_its_label() -> None:
     grids = torch.tensor([[1, 8, 8], [1, 8, 4]])  # 4 x 4 tokens, then 4 x 2
     marks = torch.tensor([[0, 2, 0.3, 0.55, 0.45, 0.7], [1, 0, 0.0, 0.0, 0.5, 0.25]])
-    here, _, _ = targets(grids, 2, marks)
+    here = targets(grids, 2, marks).here
     assert here.shape == (16 + 8,)
     assert here.nonzero().flatten().tolist() == [2 * 4 + 1, 16]
     assert here[9] == 3
 
 
 def test_a_token_that_is_only_touched_is_left_out() -> None:
-    here, _, _ = targets(torch.tensor([[1, 8, 8]]), 2, torch.tensor([[0, 0, 0.0, 0.0, 0.29, 0.25]]))
+    here = targets(torch.tensor([[1, 8, 8]]), 2, torch.tensor([[0, 0, 0.0, 0.0, 0.29, 0.25]])).here
     assert here[:3].tolist() == [1, -100, 0]
 
 
 def test_every_token_of_an_image_tells_its_first_mark() -> None:
     marks = torch.tensor([[1, 2, 0.1, 0.2, 0.3, 0.4], [1, 0, 0.6, 0.6, 0.8, 0.8]])
-    _, anywhere, boxes = targets(torch.tensor([[1, 4, 4], [1, 4, 4]]), 2, marks)
-    assert anywhere.tolist() == [0] * 4 + [3] * 4
-    assert torch.allclose(boxes[4:], marks[0, 2:].expand(4, 4))
+    truth = targets(torch.tensor([[1, 4, 4], [1, 4, 4]]), 2, marks)
+    assert truth.anywhere.tolist() == [0] * 4 + [3] * 4
+    assert torch.allclose(truth.boxes[4:], marks[0, 2:].expand(4, 4))
+
+
+def test_only_tokens_on_the_first_mark_lie_on_the_main_one() -> None:
+    marks = torch.tensor([[0, 2, 0.0, 0.0, 0.5, 0.5], [0, 0, 0.5, 0.5, 1.0, 1.0]])
+    truth = targets(torch.tensor([[1, 4, 4]]), 2, marks)
+    assert truth.here.tolist() == [3, 0, 0, 1]
+    assert truth.on_main.tolist() == [True, False, False, False]
 
 
 def test_images_without_marks_have_a_loss_too() -> None:
