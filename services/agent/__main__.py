@@ -20,7 +20,12 @@ async def main(settings: AgentSettings, stop: asyncio.Event) -> None:
     async with (
         Redis.from_url(settings.redis_url.get_secret_value(), socket_timeout=5, socket_connect_timeout=5) as redis,
         inspector.connected(settings) as connected,
-        rpc.serve(settings.bind, [service.servicer(connected)]),
+        rpc.serve(
+            settings.bind,
+            [service.servicer(connected)],
+            max_concurrent=settings.max_concurrent_rpcs,
+            grace_s=settings.grace_s,
+        ),
     ):
         try:
             await online.run(bus, connected, Records(redis), max_in_flight=settings.max_in_flight, stop=stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -25,10 +26,12 @@ class DecisionRule:
     review_band: float
 
     def decide(self, trajectory: pb.Trajectory) -> events_pb2.Decision.ValueType:
-        """REVIEW also where the episode ran out of time or gave no score."""
+        """REVIEW also where the episode ran out of time or gave no score that is a number."""
         if trajectory.stop_reason == pb.STOP_REASON_LATENCY_BUDGET or not trajectory.HasField("anomaly_probability"):
             return events_pb2.DECISION_REVIEW
         score = trajectory.anomaly_probability
+        if not math.isfinite(score):
+            return events_pb2.DECISION_REVIEW
         if self.review_band > 0 and abs(score - self.threshold) <= self.review_band:
             return events_pb2.DECISION_REVIEW
         return events_pb2.DECISION_REJECT if score >= self.threshold else events_pb2.DECISION_PASS
@@ -70,6 +73,11 @@ def check_captured(captured: events_pb2.ImageCaptured) -> None:
 
 def task_of(captured: events_pb2.ImageCaptured) -> pb.Task:
     return pb.Task(image=pb.Image(reference=captured.image), category=captured.category)
+
+
+def not_begun(captured: events_pb2.ImageCaptured, limits: pb.Limits) -> pb.Trajectory:
+    """The trajectory of an episode that no policy took up."""
+    return pb.Trajectory(episode_id=captured.event_id, task=task_of(captured), limits=limits)
 
 
 def seconds_left(captured: events_pb2.ImageCaptured, now: datetime) -> float | None:

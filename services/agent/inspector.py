@@ -18,6 +18,12 @@ from services.agent.records import Records
 from services.agent.runner import OnTurn, Runner
 from services.agent.settings import AgentSettings
 from services.chassis import rpc
+from services.chassis.errors import Exhausted, Transient
+
+# A plant that waits for so long at most gets its provisional verdict in time: until then a service that is away is
+# tried again right here. The bus brings events back after ten seconds at the earliest.
+_LONG_BUDGET_S = 60.0
+_PAUSE_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -34,16 +40,30 @@ class Inspector:
         limits: pb.Limits | None = None,
         resume: pb.Trajectory | None = None,
     ) -> events_pb2.InspectionCompleted:
-        """Runs the event's episode to its verdict, greedily, or until its latency budget runs out."""
-        trajectory = resume or await self.runner.begin(
-            captured.event_id, inspection.task_of(captured), limits or self.limits, pb.Sampling()
-        )
+        """Runs the event's episode to its verdict, greedily, or until its latency budget runs out: also of one that
+        cannot be begun, because a service is away.
+        """
+        trajectory = resume
+        left = inspection.seconds_left(captured, datetime.now(UTC))
         try:
-            async with asyncio.timeout(inspection.seconds_left(captured, datetime.now(UTC))) as budget:
-                await self.runner.run(trajectory, on_turn)
+            async with asyncio.timeout(left) as budget:
+                while True:
+                    try:
+                        if trajectory is None:
+                            task = inspection.task_of(captured)
+                            trajectory = await self.runner.begin(
+                                captured.event_id, task, limits or self.limits, pb.Sampling()
+                            )
+                        await self.runner.run(trajectory, on_turn)
+                        break
+                    except (Transient, Exhausted):
+                        if left is None or left > _LONG_BUDGET_S:
+                            raise
+                        await asyncio.sleep(_PAUSE_S)
         except TimeoutError:
             if not budget.expired():
                 raise
+            trajectory = trajectory or inspection.not_begun(captured, limits or self.limits)
             episode.out_of_time(trajectory)
             trajectory.ended_at.FromDatetime(datetime.now(UTC))
         return inspection.complete(captured, trajectory, self.rule, datetime.now(UTC))

@@ -219,6 +219,8 @@ def _parse_answer(body: str) -> Answer:
 def _object(body: str, what: str) -> dict[str, Any]:
     try:
         value = json.loads(body, parse_constant=_refuse_constant)
+        # JSON can spell half a character, which no message can carry.
+        json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         raise _MalformedReplyError(f"{what} is not valid JSON.") from None
     if not isinstance(value, dict):

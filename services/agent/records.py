@@ -6,9 +6,11 @@ after the topic's own retention); every copy that is published is byte by byte t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from redis import exceptions
 from redis.asyncio import Redis
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from agentiad.v1 import events_pb2
 from agentiad.v1 import trajectory_pb2 as pb
@@ -18,10 +20,20 @@ from services.chassis.errors import Transient
 STEPS_TTL_S = 24 * 3600
 # Longer than Kafka keeps a topic by default (7 days), so that no redelivery finds its result gone.
 RESULT_TTL_S = 14 * 24 * 3600
+# Redis is away, or there and takes nothing now: a failover, a full memory or disk.
+_UNAVAILABLE = (
+    exceptions.ConnectionError,
+    exceptions.TimeoutError,
+    exceptions.ReadOnlyError,
+    exceptions.OutOfMemoryError,
+    exceptions.TryAgainError,
+    exceptions.ClusterDownError,
+    exceptions.MasterDownError,
+)
 
 
 class Records:
-    """Raises Transient while Redis cannot be reached."""
+    """Raises Transient while Redis cannot be reached or takes nothing."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
@@ -33,11 +45,9 @@ class Records:
     async def claim_result(self, inspection: events_pb2.InspectionCompleted) -> events_pb2.InspectionCompleted:
         """Records the result unless there is one already; returns the one that holds."""
         key = _result_key(inspection.event_id)
-        try:
+        with _transient():
             first = await self._redis.set(key, inspection.SerializeToString(), nx=True, ex=RESULT_TTL_S)
             await self._redis.delete(_steps_key(inspection.event_id))
-        except (RedisConnectionError, RedisTimeoutError) as error:
-            raise Transient(f"Redis: {error}") from error
         return inspection if first else await self.result(inspection.event_id) or inspection
 
     async def steps(self, event_id: str) -> pb.Trajectory | None:
@@ -45,18 +55,26 @@ class Records:
         return None if value is None else pb.Trajectory.FromString(value)
 
     async def save_steps(self, event_id: str, trajectory: pb.Trajectory) -> None:
-        try:
+        with _transient():
             await self._redis.set(_steps_key(event_id), trajectory.SerializeToString(), ex=STEPS_TTL_S)
-        except (RedisConnectionError, RedisTimeoutError) as error:
-            raise Transient(f"Redis: {error}") from error
 
     async def _get(self, key: str) -> bytes | None:
-        try:
+        with _transient():
             value = await self._redis.get(key)
-        except (RedisConnectionError, RedisTimeoutError) as error:
-            raise Transient(f"Redis: {error}") from error
         assert not isinstance(value, str), "the connection must not decode"
         return value
+
+
+@contextmanager
+def _transient() -> Iterator[None]:
+    try:
+        yield
+    except _UNAVAILABLE as error:
+        raise Transient(f"Redis: {error}") from error
+    except exceptions.ResponseError as error:
+        if str(error).startswith("MISCONF"):  # it cannot write to its disk; redis-py has no class for it
+            raise Transient(f"Redis: {error}") from error
+        raise
 
 
 def _steps_key(event_id: str) -> str:

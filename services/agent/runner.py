@@ -55,9 +55,10 @@ class Runner:
                     try:
                         generation = await self._generate(step)
                     except NotFound:
-                        if not await self._restarted(trajectory):
-                            raise  # an image is gone
-                        continue
+                        if await self._restarted(trajectory):
+                            continue
+                        # Its version may have been loaded a moment ago; else an image is gone, and this says so.
+                        generation = await self._generate(step)
                     episode.add_generation(trajectory, generation, _since(started))
                 case episode.CropStep():
                     observation = await self._crop(trajectory, step)

@@ -1,4 +1,4 @@
-"""The Kafka topics: names, sizes and what they carry (DESIGN.md's table). Nothing else spells a topic's name."""
+"""The Kafka topics: names, sizes and what they carry. Nothing else spells a topic's name."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -38,7 +38,7 @@ _INK, _SOFT, _FAINT = "#111827", "#374151", "#6B7280"
 _HEADING, _SMALL = 26, 20
 _UNREADABLE = (560, 360)  # the room of an original that cannot be shown
 _MIN_CLOSE_UP = 180  # the height from which the answer's card shows the place that it names
-# The channels of a composite, as DESIGN.md has them.
+# The channels of a composite.
 _CHANNELS = (("this part", "#E5484D"), ("normal part", "#22A355"), ("difference", "#3B66F5"))
 
 

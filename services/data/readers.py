@@ -69,7 +69,7 @@ def read(path: Path) -> list[Sample]:
 
 
 def read_manifest(path: Path) -> list[Sample]:
-    """JSON lines as in /work/shared/data: paths relative to the manifest, boxes in pixels of the sample."""
+    """JSON lines: paths relative to the manifest, boxes in pixels of the sample."""
     samples = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):

@@ -1,6 +1,6 @@
-"""How to start a real Triton on one machine, from the nvidia-pytriton wheel (Triton 2.51): for `agentiad up` and tests.
+"""How to start a real Triton on one machine, from the nvidia-pytriton wheel (Triton 2.51): for tests and trials.
 
-In production Triton is NVIDIA's own container. What follows was found by trial (FACTS.md §4): the Python stub needs the
+In production Triton is NVIDIA's own container. What follows was found by trial: the Python stub needs the
 libpython of the interpreter that runs it, and takes its packages from the virtual environment that is first on PATH.
 """
 

@@ -36,7 +36,11 @@ def sft(
     """Supervised fine-tuning: teach a policy to look, zoom, compare and answer, from boxes."""
     from rich.console import Console
 
+    from services.trainer.settings import PRESETS
     from services.trainer.settings import preset as settings_of
+
+    if preset not in PRESETS:
+        raise typer.BadParameter(f"{preset!r} is none of {', '.join(PRESETS)}", param_hint="--preset")
     from services.trainer.sft import train as run
 
     console = Console()

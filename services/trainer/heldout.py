@@ -15,6 +15,7 @@ from PIL import Image
 
 from agentiad.v1 import trajectory_pb2 as pb
 from services.agent import episode, protocol
+from services.agent.settings import AgentSettings
 from services.data import procedural
 from services.evaluation import metrics
 from services.policy.transformers_engine import EngineLimits, TransformersEngine
@@ -22,9 +23,10 @@ from services.vlm.checkpoint import load
 from services.zoom import compare, crop
 from services.zoom.registration import Registration, register
 
-_LIMITS = pb.Limits(max_turns=6, max_tool_calls=4, max_new_tokens=128)
+# As an agent runs by default, whatever this machine's environment says.
+_LIMITS = AgentSettings.model_construct().limits()
 # A verdict is forced on the first view: the policy without its tools.
-NO_TOOLS = pb.Limits(max_turns=0, max_tool_calls=0, max_new_tokens=128)
+NO_TOOLS = pb.Limits(max_new_tokens=_LIMITS.max_new_tokens)
 _AT_ONCE = 32  # the engine's best batch
 _NO_TIME = timedelta()
 

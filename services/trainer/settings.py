@@ -1,8 +1,9 @@
 """Every choice of a training run, in one typed object, with why."""
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class TokenWeights(BaseModel):
@@ -19,7 +20,7 @@ class TokenWeights(BaseModel):
 # What differs from the defaults below, which make pocket.
 PRESETS: dict[str, dict[str, object]] = {
     "pocket": {},
-    # AgentIAD's own SFT of Qwen2.5-VL-3B (FACTS.md): tower frozen, lr 2e-5, warm-up 5 %, batch 16. All by AdamW.
+    # AgentIAD's own SFT of Qwen2.5-VL-3B (arXiv 2512.13671): tower frozen, lr 2e-5, warm-up 5 %, batch 16; AdamW.
     "pretrained": {
         "freeze_vision": True, "pretext_steps": 0, "muon_lr": 0.0, "adam_lr": 2e-5, "batch": 16, "warmup_steps": 50,
     },
@@ -40,11 +41,11 @@ class SftSettings(BaseModel):
     single_pass: bool = False  # look and answer, no tools: only to measure what the tools are worth
 
     # The vision tower learns where and what marks are before the language model reads it: without this the whole does
-    # not get off the ground in minutes (POCKET.md). Kept as an auxiliary loss.
+    # not get off the ground in minutes. Kept as an auxiliary loss.
     pretext_steps: int = 600
     pretext_weight: float = 0.5
 
-    # Muon for matrices reached in 300 s what AdamW did not in 362 (POCKET.md).
+    # Muon for matrices reached in 300 s what AdamW alone did not in 362, in a study of a like model.
     muon_lr: float = 0.02  # 0: AdamW for all
     adam_lr: float = 2e-3  # embeddings, norms, biases, heads
     warmup_steps: int = 30
@@ -59,6 +60,16 @@ class SftSettings(BaseModel):
     threads: int = 0  # 0: all cores
     workers: int = 0  # processes that build episodes; 0: all cores
     checkpoint_minutes: float = 3.0
+
+    @model_validator(mode="after")
+    def _frozen_needs_base(self) -> Self:
+        if self.freeze_vision and self.base is None:
+            raise ValueError("a frozen vision tower needs a base: a fresh one has learnt nothing")
+        return self
+
+    def identity(self) -> str:
+        """All that decides the outcome, as JSON: a resumed run must have the same."""
+        return self.model_dump_json(exclude={"out", "threads", "workers", "checkpoint_minutes"}, indent=1)
 
 
 def preset(name: str, **changes: object) -> SftSettings:

@@ -36,14 +36,21 @@ class Start:
     renderer: Renderer
 
 
+class OccupiedError(Exception):
+    """The folder belongs to another run; the text says what to do."""
+
+
 def train(settings: SftSettings, console: Console) -> Path:
-    """Trains, measures on held-out parts where it can, and returns the folder of the published checkpoint."""
+    """Trains, measures on held-out parts where it can, and returns the folder of the published checkpoint.
+
+    Raises OccupiedError.
+    """
     threads = settings.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     cv2.setNumThreads(1)
     torch.manual_seed(settings.seed)
     work = settings.out / "work"
-    work.mkdir(parents=True, exist_ok=True)
+    _occupy(settings, work)
     view = pb.COMPARISON_VIEW_COMPOSITE if settings.base is None else read_card(settings.base).comparison_view
     recipe = dataset.Recipe(
         settings.data, settings.samples, settings.seed, settings.single_pass, view, settings.weights
@@ -70,6 +77,17 @@ def train(settings: SftSettings, console: Console) -> Path:
     (work / METRICS).replace(settings.out / METRICS)
     shutil.rmtree(work)
     return settings.out
+
+
+def _occupy(settings: SftSettings, work: Path) -> None:
+    """Takes the folder for this run, or finds that this run has it already."""
+    if (settings.out / "config.json").exists() and not work.exists():
+        raise OccupiedError(f"{settings.out} holds a checkpoint already: choose another folder")
+    work.mkdir(parents=True, exist_ok=True)
+    identity = work / "settings.json"
+    if identity.exists() and identity.read_text() != settings.identity():
+        raise OccupiedError(f"{settings.out} holds a run with other settings ({identity}): choose another folder")
+    identity.write_text(settings.identity())
 
 
 def _start(settings: SftSettings, recipe: dataset.Recipe, work: Path, console: Console) -> Start:

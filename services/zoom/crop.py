@@ -23,7 +23,7 @@ class ToolError(Exception):
 class CropParameters:
     """How crops are cut and drawn.
 
-    `padding` and `min_region_px` are AgentIAD's as its public training code runs (FACTS.md, section 1).
+    `padding` and `min_region_px` are AgentIAD's as its public training code runs.
     `min_output_px` is 8 patches of 28 px: under it a Qwen-VL tower sees a crop in too few tokens to tell small marks
     apart. `max_output_pixels` is 1,280 tokens of 28x28 px, the upper bound that Qwen2.5-VL's card recommends.
     """

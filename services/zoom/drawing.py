@@ -9,9 +9,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import PIL.Image
+
 from agentiad.v1.trajectory_pb2 import Image, ImageReference
-from services.chassis.errors import BadInput
+from services.chassis import telemetry
+from services.chassis.errors import BadInput, NotFound
 from services.chassis.images import ImageStore
+from services.chassis.locations import shown
 from services.zoom import compare, crop
 from services.zoom.registration import Registration
 
@@ -42,13 +46,20 @@ class Drawing:
     def compare(
         self, part: Image, exemplar: Image, box: Sequence[float] | None, view: compare.View
     ) -> tuple[Drawn, Registration]:
-        """Errors as for crop."""
+        """Errors as for crop; an exemplar that is gone or broken is a ToolError: the part can still be judged."""
         key = (_identity(part), _identity(exemplar))
         with self._lock:
             known = self._registrations.get(key)
-        drawn = compare.compare(self._store.load(part), self._store.load(exemplar), box, view, known)
+        drawn = compare.compare(self._store.load(part), self._exemplar(exemplar), box, view, known)
         self._remember(key, drawn.registration)
         return Drawn(self._store.put(drawn.image), drawn.region), drawn.registration
+
+    def _exemplar(self, image: Image) -> PIL.Image.Image:
+        try:
+            return self._store.load(image)
+        except (BadInput, NotFound) as error:
+            telemetry.log.warning("exemplar cannot be read", uri=shown(image.reference.uri), reason=str(error))
+            raise crop.ToolError("The normal image cannot be read.") from error
 
     def _size(self, image: Image) -> tuple[int, int]:
         if image.WhichOneof("source") != "reference":

@@ -1,5 +1,6 @@
 """Events at the edge, and what a finished trajectory means to a plant."""
 
+import math
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -116,6 +117,7 @@ def test_good_events_pass() -> None:
         (0.75, 0.2, events_pb2.DECISION_REJECT),
         (0.25, 0.2, events_pb2.DECISION_PASS),
         (None, 0.0, events_pb2.DECISION_REVIEW),
+        (math.nan, 0.0, events_pb2.DECISION_REVIEW),
     ],
 )
 def test_scores_become_decisions(score: float | None, band: float, decision: int) -> None:

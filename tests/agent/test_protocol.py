@@ -73,6 +73,9 @@ MALFORMED: dict[str, tuple[str, str]] = {
     "call: no JSON": ("<tool_call>crop it</tool_call>", "not valid JSON"),
     "call: cut JSON": ('<tool_call>{"name":"query_image"</tool_call>', "not valid JSON"),
     "call: empty": ("<tool_call></tool_call>", "not valid JSON"),
+    "answer: half a character": (
+        '<answer>{"anomaly_present":true,"visual_descriptions":["\\ud83d"]}</answer>', "not valid JSON"
+    ),
     "call: a list": ("<tool_call>[]</tool_call>", "must be a JSON object"),
     "call: null": ("<tool_call>null</tool_call>", "must be a JSON object"),
     "call: python quotes": ("<tool_call>{'name':'query_image'}</tool_call>", "not valid JSON"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -12,7 +13,7 @@ from redis.asyncio import Redis
 from agentiad.v1 import events_pb2
 from agentiad.v1 import trajectory_pb2 as pb
 from services.agent.inspection import DecisionRule
-from services.agent.inspector import Inspector, inspect_once
+from services.agent.inspector import Inspector, connected, inspect_once
 from services.agent.records import Records
 from services.agent.runner import Runner
 from services.agent.settings import AgentSettings
@@ -63,6 +64,36 @@ async def test_without_redis_the_event_waits() -> None:
         ):
             with pytest.raises(Transient, match="Redis"):
                 await work
+
+
+async def test_a_full_redis_makes_the_event_wait(redis_url: str, records: Records) -> None:
+    async with Redis.from_url(redis_url) as redis:
+        await redis.config_set("maxmemory", 1)
+        try:
+            with pytest.raises(Transient, match="memory"):
+                await records.save_steps("e", pb.Trajectory())
+        finally:
+            await redis.config_set("maxmemory", 0)
+
+
+async def test_a_budget_ends_in_a_provisional_verdict_when_no_policy_is_there(tmp_path: Path) -> None:
+    nowhere = f"unix:{tmp_path}/nobody"
+    settings = AgentSettings(policy_address=nowhere, zoom_address=nowhere, retrieval_address=nowhere)
+    captured = events_pb2.ImageCaptured(event_id="e", line="L1", category="bolt")
+    captured.captured_at.GetCurrentTime()
+
+    async def no_turn(trajectory: pb.Trajectory) -> None:
+        raise AssertionError("nobody answered")
+
+    async with connected(settings) as inspector:
+        with pytest.raises(Transient):
+            await inspector.inspect(captured, no_turn)
+        captured.latency_budget.FromMilliseconds(500)
+        captured.captured_at.GetCurrentTime()
+        done = await inspector.inspect(captured, no_turn)
+    assert done.decision == events_pb2.DECISION_REVIEW
+    assert done.trajectory.stop_reason == pb.STOP_REASON_LATENCY_BUDGET
+    assert done.trajectory.task.category == "bolt"
 
 
 class CrashError(Exception):

@@ -27,7 +27,7 @@ EVENTS = 200
 LINES = ("L1", "L2", "L3", "L4")
 
 
-@pytest.fixture(params=["embedded", "kafka"])
+@pytest.fixture(params=["embedded", pytest.param("kafka", marks=[pytest.mark.kafka, pytest.mark.triton])])
 async def plant(request: pytest.FixtureRequest, tmp_path: Path, redis_url: str) -> AsyncIterator[Stack]:
     """Two agents; on Kafka with the model in Triton and the library on a Milvus server, else embedded."""
     settings = {"REDIS_URL": redis_url, "MAX_IN_FLIGHT": "8"}

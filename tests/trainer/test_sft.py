@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 from rich.console import Console
 
 from agentiad.v1 import trajectory_pb2 as pb
 from services.data import procedural
 from services.data.procedural import write_set
 from services.trainer import heldout, sft
+from services.trainer.settings import preset
 from services.vlm import pocket
 from services.vlm.card import read_card
 from services.vlm.checkpoint import load
@@ -43,6 +45,22 @@ def test_a_checkpoint_is_tuned_on_a_folder(tmp_path: Path) -> None:
     assert card.categories == ["pin_board", "woven"]
     assert card.base_model == "pocket"
     assert card.version != read_card(first).version
+
+
+def test_a_folder_of_another_run_is_left_alone(tmp_path: Path) -> None:
+    settings = make_settings(tmp_path / "out", samples=6)
+    (settings.out / "work").mkdir(parents=True)
+    (settings.out / "work" / "settings.json").write_text(settings.identity())
+    with pytest.raises(sft.OccupiedError, match="other settings"):
+        sft.train(make_settings(settings.out, samples=6, seed=1), Console(quiet=True))
+    sft.train(settings, Console(quiet=True))
+    with pytest.raises(sft.OccupiedError, match="holds a checkpoint already"):
+        sft.train(settings, Console(quiet=True))
+
+
+def test_a_frozen_tower_needs_a_base(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="needs a base"):
+        preset("pretrained", out=tmp_path)
 
 
 def test_held_out_outcomes_are_counted() -> None:

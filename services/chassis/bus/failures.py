@@ -29,13 +29,16 @@ MAX_REASON_CHARACTERS = 1000
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
     """in_place: calls of the handler in one delivery, `back_off_s` apart, doubling. max_attempts: calls in all, then
-    the dead letter. retry_delay_s: wait in the retry topic, doubling with each passage: 10, 20, 40 s with these
-    defaults."""
+    the dead letter. retry_delay_s: wait in the retry topic, doubling with each passage up to `max_delay_s`.
+
+    With these defaults 10, 20, 40, 60, 60, … s and 12 hours in all: an outage is not the event's fault.
+    """
 
     in_place: int = 3
     back_off_s: float = 0.2
     retry_delay_s: float = 10.0
-    max_attempts: int = 12
+    max_delay_s: float = 60.0
+    max_attempts: int = 2160
 
     def pause_s(self, call: int) -> float:
         """Before the next call in place; call: 1 for the first of this delivery."""
@@ -43,7 +46,8 @@ class RetryPolicy:
 
     def delay_s(self, attempt: int) -> float:
         """In the retry topic, for an event that has been tried `attempt` times."""
-        return self.retry_delay_s * 2.0 ** (attempt // self.in_place - 1)
+        passages = attempt // self.in_place - 1
+        return min(self.max_delay_s, self.retry_delay_s * 2.0 ** min(passages, 32))
 
 
 @dataclass(frozen=True, slots=True)

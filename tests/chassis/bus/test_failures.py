@@ -50,4 +50,4 @@ def test_too_large_body_is_left_out() -> None:
 def test_delays_double() -> None:
     policy = RetryPolicy()
     assert [policy.pause_s(call) for call in (1, 2)] == [0.2, 0.4]
-    assert [policy.delay_s(attempt) for attempt in (3, 6, 9)] == [10.0, 20.0, 40.0]
+    assert [policy.delay_s(attempt) for attempt in (3, 6, 9, 12, 2157)] == [10.0, 20.0, 40.0, 60.0, 60.0]
