@@ -5,6 +5,7 @@ Not thread-safe: the engine's thread owns it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -195,14 +196,15 @@ class Batch:
             row.add(token, log_probability, self._policy.vocabulary, self._policy.renderer.decode)
 
     def _read_verdicts(self, rows: Sequence[Row], distribution: torch.Tensor) -> None:
-        """P(true) / (P(true) + P(false)) for the rows whose next word is the verdict."""
+        """P(true) / (P(true) + P(false)) for the rows whose next word is the verdict; none where it is no number."""
         asked = [index for index, row in enumerate(rows) if row.at_verdict]
         if not asked:
             return
         true = distribution[asked][:, self._true].logsumexp(dim=-1)
         false = distribution[asked][:, self._false].logsumexp(dim=-1)
         for index, probability in zip(asked, (true - false).sigmoid().tolist(), strict=True):
-            rows[index].anomaly_probability = probability
+            if math.isfinite(probability):
+                rows[index].anomaly_probability = probability
 
     def _store_prompt(self, slot: int, row: Row, positions: torch.Tensor) -> None:
         """`positions` [tokens]: the first M-RoPE coordinate of the suffix, which at a boundary is the next position."""

@@ -29,11 +29,15 @@ class CheckpointStore:
         return await asyncio.to_thread(self._local if _is_local(uri) else self._remote, uri)
 
     def _local(self, uri: str) -> Path:
-        path = _path(uri).resolve()
-        if not any(path == folder or folder in path.parents for folder in self._folders):
-            raise BadInput(f"{shown(uri)}: outside the checkpoint roots")
-        if not path.is_dir():
-            raise NotFound(f"{shown(uri)}: no such folder")
+        try:
+            path = _path(uri).resolve()
+            if not any(path == folder or folder in path.parents for folder in self._folders):
+                raise BadInput(f"{shown(uri)}: outside the checkpoint roots")
+            if not path.is_dir():
+                raise NotFound(f"{shown(uri)}: no such folder")
+        except (OSError, RuntimeError, ValueError) as error:
+            # A name that is too long, a parent that may not be read; a loop of links; a NUL, a malformed URI.
+            raise BadInput(f"{shown(uri)}: not the path of a readable folder ({type(error).__name__})") from error
         return path
 
     def _remote(self, uri: str) -> Path:

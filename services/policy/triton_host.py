@@ -33,9 +33,23 @@ _MODEL = Path(__file__).parent / "model_repository" / "agentiad_policy"
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.enable_http_proxy", 0),
+    # Not the 30 s of services.chassis.rpc: as it comes, Triton allows a ping in five minutes while it sends nothing,
+    # and breaks the connection at the third that is too early: under a long load, or on an idle stream.
+    ("grpc.keepalive_time_ms", 310_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # Without this, gRPC 1.85 waits a minute for the answer to a ping.
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.enable_http_proxy", 0),
 ]
+# What Triton answers from memory takes milliseconds; more than this, and it hangs or its machine is gone.
+_ANSWER_S = 30.0
+# Weights of 100 GB from a network's disk take ten minutes.
+_LOAD_S = 900.0
+# The requests under way end first; the stub that holds torch takes seconds to go.
+_UNLOAD_S = 30.0
 # As the model's 1/model.py writes them.
 _ERRORS: dict[int, type[Exception]] = {
     grpc.StatusCode.INVALID_ARGUMENT.value[0]: BadInput,
@@ -64,7 +78,11 @@ class TritonHost:
         model = model_name(f"{version or checkpoint.name}-{digest[:12]}")
         await self.load(model, checkpoint.resolve(), version)
         engine = TritonEngine(self, model, checkpoint.resolve(), version)
-        await engine.describe()
+        try:
+            await engine.describe()
+        except BaseException:  # cancelled, too: nobody else would take it out of Triton
+            await engine.close()
+            raise
         return engine
 
     async def close(self) -> None:
@@ -82,22 +100,23 @@ class TritonHost:
     async def is_loaded(self, model: str) -> bool:
         """Raises Transient: Triton is gone."""
         try:
-            answer = await self._stub.ModelReady(triton.ModelReadyRequest(name=model))
+            answer = await self._stub.ModelReady(triton.ModelReadyRequest(name=model), timeout=_ANSWER_S)
         except grpc.aio.AioRpcError as error:
             raise Transient(f"Triton is gone: {error.details()}") from error
         return bool(answer.ready)
 
     async def load(self, model: str, checkpoint: Path, version: str) -> None:
-        """Loads the Triton model, or loads it again. Raises BadInput: Triton cannot; Transient: Triton is gone."""
+        """Loads the Triton model, or loads it again. Raises BadInput: Triton cannot; Transient: Triton is gone or
+        takes too long."""
         try:
             parameters = {**self._parameters, "checkpoint": str(checkpoint), "version": version}
             request = triton.RepositoryModelLoadRequest(model_name=model)
             request.parameters["config"].string_param = _config(model, parameters)
             # With its code in the request, a version needs no folder of its own in Triton's repository.
             request.parameters["file:1/model.py"].bytes_param = (_MODEL / "1" / "model.py").read_bytes()
-            await self._stub.RepositoryModelLoad(request)
+            await self._stub.RepositoryModelLoad(request, timeout=_LOAD_S)
         except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.UNAVAILABLE:
+            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                 raise Transient(f"Triton is gone: {error.details()}") from error
             # Python's traceback follows the first line.
             reason = (error.details() or "").partition("\n")[0]
@@ -106,7 +125,8 @@ class TritonHost:
     async def unload(self, model: str) -> None:
         """Takes the model out of Triton; a Triton that is gone has none."""
         with contextlib.suppress(grpc.aio.AioRpcError):
-            await self._stub.RepositoryModelUnload(triton.RepositoryModelUnloadRequest(model_name=model))
+            request = triton.RepositoryModelUnloadRequest(model_name=model)
+            await self._stub.RepositoryModelUnload(request, timeout=_UNLOAD_S)
 
 
 class TritonEngine:
@@ -120,8 +140,13 @@ class TritonEngine:
         self._loading = asyncio.Lock()
 
     async def describe(self) -> None:
-        """Reads the card."""
-        self.card = PolicyCard.FromString(await self._call(b"", operation="describe"))
+        """Reads the card. Raises Transient: Triton is gone or silent."""
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                answer = await self._call(b"", operation="describe")
+        except TimeoutError as error:
+            raise Transient(f"Triton did not answer within {_ANSWER_S:.0f} s") from error
+        self.card = PolicyCard.FromString(answer)
 
     async def generate(
         self, messages: Sequence[pb.Message], sampling: pb.Sampling, deadline: float | None = None
@@ -172,7 +197,12 @@ class Stream:
         self._reader = asyncio.get_running_loop().create_task(self._read())
 
     async def call(self, model: str, body: bytes, operation: str) -> bytes:
-        """The serialized answer. When the awaiting task is cancelled, the model is told so."""
+        """The serialized answer. When the awaiting task is cancelled, the model is told so.
+
+        Raises Transient: the stream broke, before the call or during it.
+        """
+        if self.broken:  # nobody would read the answer
+            raise Transient("the stream to Triton is broken")
         key = next(self._ids)
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._waiting[key] = answer

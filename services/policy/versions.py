@@ -33,6 +33,11 @@ class _Version:
     # The timer that closes it once it was idle for long enough; only retired versions have one.
     closing: asyncio.TimerHandle | None = None
 
+    def stop_timer(self) -> None:
+        if self.closing is not None:
+            self.closing.cancel()
+            self.closing = None
+
 
 class Versions:
     """Belongs to one event loop.
@@ -71,6 +76,7 @@ class Versions:
         if entry is None:
             raise NotFound(f"policy version {version!r} is not loaded")
         entry.under_way += 1
+        entry.stop_timer()
         try:
             return await entry.engine.generate(messages, sampling, deadline)
         except (BadInput, Exhausted, Transient):
@@ -87,7 +93,7 @@ class Versions:
         """Loads, warms up, takes over. A version that is loaded already just takes over again.
 
         `sha256`: of the safetensors files; empty: not checked. Raises BadInput: not a checkpoint, another sha256, a
-        warm-up that fails, or a version that is loaded already with other weights.
+        warm-up that fails, or a version that is loaded already with other weights; Transient or Exhausted: not now.
         """
         async with self._loading:
             found = await asyncio.to_thread(_digest, checkpoint)
@@ -96,9 +102,7 @@ class Versions:
             name = version or _card(checkpoint, found).version
             loaded = self._versions.get(name)
             if loaded is None:
-                engine = await self._host.open(checkpoint, name)
-                await self._warm_up(engine)
-                loaded = _Version(engine, found)
+                loaded = _Version(await self._open(checkpoint, name), found)
             elif loaded.sha256 != found:
                 raise BadInput(f"policy version {name!r} is loaded already with other weights")
             self._take_over(loaded)
@@ -116,47 +120,38 @@ class Versions:
             raise Transient("no policy version is loaded")
         return next(reversed(self._versions.values()))
 
-    async def _warm_up(self, engine: Engine) -> None:
-        """The first forward of every kind (image, prompt, step) before anybody waits for it."""
+    async def _open(self, checkpoint: Path, name: str) -> Engine:
+        """A loaded engine that has answered its warm-up."""
+        engine = await self._host.open(checkpoint, name)
         try:
-            generation = await engine.generate(_warm_up_messages(), pb.Sampling(max_new_tokens=2))
-            if not all(math.isfinite(value) for value in generation.log_probabilities):
-                raise BadInput("its probabilities are not numbers")
-        except Exception as error:
+            await _warm_up(engine)
+        except BaseException:  # cancelled, too: nobody else knows of this engine
             await engine.close()
-            raise BadInput(f"policy version {engine.card.version!r} fails its warm-up: {error}") from error
+            raise
+        return engine
 
     def _take_over(self, version: _Version) -> None:
         name = version.engine.card.version
-        if version.closing is not None:
-            version.closing.cancel()
-            version.closing = None
+        version.stop_timer()
         self._versions.pop(name, None)
         self._versions[name] = version
         telemetry.log.info("policy version took over", version=name)
         self._close_unused()
 
     def _close_unused(self) -> None:
-        """Closes retired versions that are beyond `kept`, and starts the timers of the others that are idle."""
+        """Closes retired versions that are beyond `kept`, and starts the timers of others that have become idle."""
         loop = asyncio.get_running_loop()
         for position, (name, entry) in enumerate(reversed(list(self._versions.items()))):
             if position == 0 or entry.under_way:
                 continue
             if position >= self._kept or self._idle_s == 0:
                 self._close(name)
-            else:
-                if entry.closing is not None:
-                    entry.closing.cancel()
-                entry.closing = loop.call_later(self._idle_s, self._close_if_idle, name, entry)
-
-    def _close_if_idle(self, name: str, entry: _Version) -> None:
-        if entry.under_way == 0 and self._versions.get(name) is entry:
-            self._close(name)
+            elif entry.closing is None:
+                entry.closing = loop.call_later(self._idle_s, self._close, name)
 
     def _close(self, name: str) -> None:
         entry = self._versions.pop(name)
-        if entry.closing is not None:
-            entry.closing.cancel()
+        entry.stop_timer()
         telemetry.log.info("policy version closed", version=name)
         task = asyncio.get_running_loop().create_task(entry.engine.close())
         self._closing.add(task)
@@ -173,8 +168,20 @@ def _digest(checkpoint: Path) -> str:
 def _card(checkpoint: Path, sha256: str) -> PolicyCard:
     try:
         return card_of(checkpoint, sha256)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise BadInput(str(error)) from error
+
+
+async def _warm_up(engine: Engine) -> None:
+    """The first forward of every kind (image, prompt, step) before anybody waits for it."""
+    try:
+        generation = await engine.generate(_warm_up_messages(), pb.Sampling(max_new_tokens=2))
+        if not all(math.isfinite(value) for value in generation.log_probabilities):
+            raise BadInput("its probabilities are not numbers")
+    except (Exhausted, Transient):  # no fault of the version's: its host restarts, say
+        raise
+    except Exception as error:
+        raise BadInput(f"policy version {engine.card.version!r} fails its warm-up: {error}") from error
 
 
 def _warm_up_messages() -> list[pb.Message]:

@@ -119,6 +119,16 @@ def test_a_turn_is_stored_once_it_ended(policy: LoadedPolicy) -> None:
     assert cache.size == prompt_only + (len(row.ids) - 1) * per_token
 
 
+def test_a_verdict_that_is_no_number_is_none(tiny_checkpoint: Path) -> None:
+    broken = checkpoint.load(tiny_checkpoint)
+    broken.model.get_output_embeddings().weight.fill_(torch.nan)
+    row = make_row(broken, "hello")
+    row.at_verdict = True
+    Batch(broken, PrefixCache(0), 1).join([row])
+    assert len(row.ids) == 1
+    assert row.anomaly_probability is None
+
+
 def test_a_finished_row_reports_why(policy: LoadedPolicy) -> None:
     batch, row = Batch(policy, PrefixCache(0), 1), make_row(policy, "hello", 2)
     batch.join([row])

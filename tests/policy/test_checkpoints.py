@@ -47,6 +47,14 @@ async def test_a_folder_that_is_not_there(folder: Path) -> None:
         await make_store(folder.parent).fetch(str(folder.parent / "two"))
 
 
+async def test_an_address_that_no_file_system_takes(folder: Path) -> None:
+    (folder.parent / "loop").symlink_to("loop")
+    store = make_store(folder.parent)
+    for uri in (f"{folder}/{'x' * 300}", f"{folder.as_uri()}%00", "file://[x", f"{folder.parent}/loop"):
+        with pytest.raises(BadInput, match="readable folder"):
+            await store.fetch(uri)
+
+
 async def test_an_object_stores_checkpoint_is_fetched_once(tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe({"/bucket/one/config.json": b"{}", "/bucket/one/model.safetensors": b"weights"})

@@ -155,7 +155,7 @@ async def test_published_versions_take_over_and_broken_ones_do_not(
     await bus.publish(POLICIES, "policy", b"\xffnonsense", {})
     await publish("three", policy="another")
     stop = asyncio.Event()
-    following = asyncio.create_task(follow(bus, "policy", service.load, stop))
+    following = asyncio.create_task(follow(bus, "policy", service.load, stop, asyncio.Event()))
     await eventually(lambda: service.versions.current.version == "two")
     await publish("one", sha256="0" * 64)
     await publish("three", sha256=sha256_of(checkpoints / "three"))

@@ -12,10 +12,12 @@ import pytest_asyncio
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.chassis.errors import BadInput, NotFound, Transient
+from agentiad.v1 import trajectory_pb2 as pb
+from services.chassis.errors import BadInput, Exhausted, NotFound, Transient
 from services.policy.engine import Host
 from services.policy.hosts import InProcessHost
 from services.policy.settings import EngineSettings
+from services.policy.transformers_engine import TransformersEngine
 from services.policy.triton_host import TritonHost
 from services.policy.versions import Versions
 from services.vlm.checkpoint import sha256_of
@@ -23,6 +25,7 @@ from tests.policy.checkpoints import make_tiny_checkpoint
 from tests.policy.conversations import GREEDY, LONG, eventually, opening
 
 SETTINGS = EngineSettings(torch_threads=1)
+ONE_TOKEN = pb.Sampling(max_new_tokens=1)
 
 
 @pytest_asyncio.fixture(params=["in_process", pytest.param("triton", marks=pytest.mark.triton)])
@@ -159,6 +162,61 @@ async def test_a_replaced_version_that_is_idle_is_closed(first: Path, second: Pa
     await versions.load(second)
     await eventually(lambda: versions.loaded == ["two"])
     assert (await versions.generate(opening(), GREEDY)).policy_version == "two"
+    await versions.close()
+
+
+async def test_traffic_on_the_current_version_does_not_keep_the_others(first: Path, second: Path) -> None:
+    versions = Versions(InProcessHost(SETTINGS), kept=3, idle_s=2)
+    await versions.load(first)
+    await versions.load(second)
+    async with asyncio.timeout(60):
+        while "one" in versions.loaded:
+            await versions.generate(opening(), ONE_TOKEN)
+    await versions.close()
+
+
+async def test_a_request_keeps_a_replaced_version(first: Path, second: Path) -> None:
+    versions = Versions(InProcessHost(SETTINGS), kept=3, idle_s=0.05)
+    await versions.load(first)
+    await versions.load(second)
+    assert (await versions.generate(opening(), LONG, "one")).policy_version == "one"
+    await eventually(lambda: versions.loaded == ["two"])
+    await versions.close()
+
+
+class Unready(InProcessHost):
+    """The engine is gone (its host restarts), or it is full, when its warm-up begins."""
+
+    def __init__(self, why: type[Exception]) -> None:
+        super().__init__(EngineSettings(torch_threads=1, max_batch=1, max_queue=0))
+        self._why = why
+        self.engines: list[TransformersEngine] = []
+        self.occupying: asyncio.Task[object] | None = None
+
+    async def open(self, checkpoint: Path, version: str) -> TransformersEngine:
+        engine = await super().open(checkpoint, version)
+        self.engines.append(engine)
+        if self._why is Transient:
+            await engine.close()
+        else:
+            self.occupying = asyncio.create_task(engine.generate(opening(), LONG))
+            await asyncio.sleep(0)
+        return engine
+
+
+@pytest.mark.parametrize("why", [Transient, Exhausted])
+async def test_a_host_that_is_not_ready_is_no_fault_of_the_version(first: Path, why: type[Exception]) -> None:
+    host = Unready(why)
+    versions = Versions(host)
+    with pytest.raises(why):
+        await versions.load(first)
+    assert versions.loaded == []
+    # It was closed: nobody else would do it.
+    if host.occupying is not None:
+        with pytest.raises(Transient, match="closed"):
+            await host.occupying
+    with pytest.raises(Transient, match="closed"):
+        await host.engines[0].generate(opening(), GREEDY)
     await versions.close()
 
 

@@ -65,10 +65,13 @@ class Bus(Protocol):
         handlers under way are done (bounded: after a grace they are cancelled and their events come again). Raises
         LookupError if one of the topics does not exist, Transient if the bus cannot be reached at the start."""
 
-    def read(self, topic: str, *, from_beginning: bool, stop: asyncio.Event) -> AsyncIterator[Event]:
+    def read(
+        self, topic: str, *, from_beginning: bool, stop: asyncio.Event, caught_up: asyncio.Event | None = None
+    ) -> AsyncIterator[Event]:
         """Every event of the topic, without a group and without commits, until `stop` is set; headers as they lie in
-        the log. `from_beginning=False`: what is published after the first iteration began. Close it
-        (contextlib.aclosing) to end early."""
+        the log. `from_beginning=False`: what is published after the first iteration began. `caught_up` is set when all
+        that lay there at the first iteration was handed out and the next is asked for. Close it (contextlib.aclosing)
+        to end early."""
 
     async def ensure_topics(self, topics: Mapping[str, TopicSpec]) -> None:
         """Create those that are missing of the topics, their `.retry` and their `.dlq`. Existing ones are left as they

@@ -92,12 +92,17 @@ class KafkaBus:
         config = self._common | self._membership | {"group_id": group}
         await Member(config, topics, delivery, max_in_flight, grace_s=self._grace_s).run(stop)
 
-    async def read(self, topic: str, *, from_beginning: bool, stop: asyncio.Event) -> AsyncIterator[Event]:
+    async def read(
+        self, topic: str, *, from_beginning: bool, stop: asyncio.Event, caught_up: asyncio.Event | None = None
+    ) -> AsyncIterator[Event]:
         thread = ThreadPoolExecutor(1, "kafka-read")
         call = partial(asyncio.get_running_loop().run_in_executor, thread)
         consumer = await call(self._assigned, topic, from_beginning)
         try:
+            ends = {} if caught_up is None else await call(_ends, consumer)
             while not stop.is_set():
+                if caught_up is not None and not caught_up.is_set() and await call(_has_reached, consumer, ends):
+                    caught_up.set()
                 batches = await call(partial(consumer.poll, READ_POLL_MS))
                 for records in batches.values():
                     for record in records:
@@ -217,6 +222,17 @@ class KafkaBus:
 
 def encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
+
+
+def _ends(consumer: KafkaConsumer) -> dict[TopicPartition, int]:
+    ends: dict[TopicPartition, int] = consumer.end_offsets(consumer.assignment(), METADATA_DEADLINE_S * 1000)
+    return ends
+
+
+def _has_reached(consumer: KafkaConsumer, ends: Mapping[TopicPartition, int]) -> bool:
+    """By positions and not by events: compaction leaves gaps in the offsets."""
+    timeout_ms = METADATA_DEADLINE_S * 1000
+    return all((consumer.position(partition, timeout_ms) or 0) >= end for partition, end in ends.items())
 
 
 def _new_topic(name: str, spec: TopicSpec) -> dict[str, Any]:

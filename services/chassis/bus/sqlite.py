@@ -59,7 +59,9 @@ class SqliteBus:
         finally:
             self._wakers.discard(member.wake)
 
-    async def read(self, topic: str, *, from_beginning: bool, stop: asyncio.Event) -> AsyncIterator[Event]:
+    async def read(
+        self, topic: str, *, from_beginning: bool, stop: asyncio.Event, caught_up: asyncio.Event | None = None
+    ) -> AsyncIterator[Event]:
         sources = [Source(topic, partition) for partition in range(await self._count(topic))]
         positions = {source: 0 if from_beginning else await self._call(SqliteLog.end, source) for source in sources}
         published = asyncio.Event()
@@ -76,6 +78,8 @@ class SqliteBus:
                     positions[source] = rows[-1].offset + 1
                 pause_s = MIN_PAUSE_S if batches else min(2 * pause_s, MAX_PAUSE_S)
                 if not batches:
+                    if caught_up is not None:
+                        caught_up.set()
                     await _wait(published, pause_s)
         finally:
             self._wakers.discard(published.set)

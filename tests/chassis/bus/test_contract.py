@@ -232,6 +232,26 @@ async def test_read_ends_when_told(store: Store) -> None:
     assert [event.value for event in events] == [b"a"]
 
 
+@pytest.mark.parametrize("old", ["", "abc"])
+async def test_read_says_when_it_has_caught_up(store: Store, old: str) -> None:
+    bus, topic = store.bus(), await store.topic()
+    await publish(bus, topic, *old)
+    stop, caught_up, collector = asyncio.Event(), asyncio.Event(), Collector()
+
+    async def collect() -> None:
+        async for event in bus.read(topic, from_beginning=True, stop=stop, caught_up=caught_up):
+            assert caught_up.is_set() == (event.value == b"new")
+            await collector(event)
+
+    async with asyncio.timeout(PATIENCE_S), asyncio.TaskGroup() as group:
+        group.create_task(collect())
+        await caught_up.wait()
+        assert len(collector.events) == len(old)
+        await publish(bus, topic, "new")
+        await collector.count(len(old) + 1)
+        stop.set()
+
+
 async def test_events_survive_the_bus(store: Store) -> None:
     topic = await store.topic()
     first = store.bus()
