@@ -75,12 +75,12 @@ protos-baseline: $(BUF) ## Accept today's contracts as what `lint` holds later o
 	@$(BUF) build protos -o protos/baseline.binpb
 
 constraints: $(UV) ## Resolve the pinned versions anew (see pyproject.toml)
-	@$(UV) pip compile -q --no-emit-index-url --python-version 3.11 --extra dev -c constraints.txt pyproject.toml -o constraints.txt
+	@$(UV) pip compile -q --upgrade --no-emit-index-url --python-version 3.11 --extra dev pyproject.toml -o constraints.txt
 
 picture: demo ## Draw the README's picture from a demo
 	@$(PY) -m services.cli.picture out/demo services/cli/evidence.jpg
 
-clean: ## Remove what was made, but not the environment
-	@rm -rf out .pytest_cache .mypy_cache .ruff_cache
+clean: ## Remove caches and out/demo; library, bus and Redis file in out stay
+	@rm -rf out/demo .pytest_cache .mypy_cache .ruff_cache
 
 .PHONY: help demo test bench lint install test-tools protos protos-baseline constraints picture clean

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from services.cli import problems
 from services.trainer.__main__ import app as train_app
 
 app = typer.Typer(
@@ -22,7 +24,8 @@ app.add_typer(train_app, name="train")
 Category = Annotated[str, typer.Option("--category", "-c", help="The product in the pictures, e.g. bare_pcb.")]
 Model = Annotated[Path | None, typer.Option(help="A checkpoint folder of any transformers image-text-to-text model; "
                                                  "default: pocket, the one that ships with AgentIAD.")]  # fmt: skip
-DataDir = Annotated[Path, typer.Option(envvar="DATA_DIR", help="Where library, drawn images and traces are kept.")]
+DataDir = Annotated[Path, typer.Option(envvar="DATA_DIR", help="Where library, embedded bus, drawn images and traces "
+                                                               "are kept.")]  # fmt: skip
 
 
 @app.command()
@@ -32,7 +35,10 @@ def demo(
     model: Model = None,
     out: Annotated[Path, typer.Option(help="Where the pictures and the page go.")] = Path("out/demo"),
 ) -> None:
-    """Inspect procedural parts, normal and defective, with and without the tools, and show how it went."""
+    """Inspect procedural parts, normal and defective, with and without the tools, and show how it went.
+
+    An earlier demo in the folder is removed; a folder that holds anything else is refused.
+    """
     from services.cli import demo as command
 
     command.run(parts, seed, model, out)
@@ -53,7 +59,10 @@ def inspect(
     out: Annotated[Path | None, typer.Option(help="Write an evidence picture an image, and a page.")] = None,
     data_dir: DataDir = Path("out"),
 ) -> None:
-    """Inspect pictures. Exit status 1 if any could not be read (after all the others)."""
+    """Inspect pictures. Exit status 1 if any could not be read (after all the others).
+
+    Exemplars are kept by address: the pictures that were added must still lie where they did.
+    """
     from services.cli import inspect as command
 
     raise typer.Exit(command.run(paths, category, normals, model, json_lines, out, data_dir))
@@ -63,6 +72,7 @@ def inspect(
 def up(
     agents: Annotated[int, typer.Option(min=1, help="How many agents share the work.")] = 1,
     model: Model = None,
+    data_dir: DataDir = Path("out"),
 ) -> None:
     """Run the whole stack as local processes until Ctrl-C, and say when it is ready.
 
@@ -72,7 +82,7 @@ def up(
     """
     from services.cli import up as command
 
-    raise typer.Exit(command.run(agents, model))
+    raise typer.Exit(command.run(agents, model, data_dir))
 
 
 @app.command()
@@ -83,11 +93,12 @@ def publish(
     budget: Annotated[
         float | None, typer.Option(help="Latency budget in seconds; after it the part goes to review.", min=0.001)
     ] = None,
+    data_dir: DataDir = Path("out"),
 ) -> None:
-    """Play the plant: publish an image event for each picture."""
+    """Play the plant: publish an image event for each picture. They must lie under the stack's IMAGE_ROOTS."""
     from services.cli import plant as command
 
-    raise typer.Exit(command.publish(directory, line, category, budget))
+    raise typer.Exit(command.publish(directory, line, category, budget, data_dir))
 
 
 @app.command()
@@ -95,11 +106,12 @@ def watch(
     from_beginning: Annotated[bool, typer.Option(help="Also those before now.")] = False,
     json_lines: Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")] = False,
     count: Annotated[int | None, typer.Option(min=1, help="Stop after so many verdicts.")] = None,
+    data_dir: DataDir = Path("out"),
 ) -> None:
-    """Show verdicts as they come, each event's once."""
+    """Show verdicts as they come, each event's once, and images that could not be inspected, with the reason."""
     from services.cli import plant as command
 
-    command.watch(from_beginning, json_lines, count)
+    command.watch(from_beginning, json_lines, count, data_dir)
 
 
 @app.command()
@@ -147,7 +159,15 @@ def exemplars_remove(
 
 
 def main() -> None:
-    app()
+    """Exit status 2 and one sentence for whatever a person can mend."""
+    try:
+        app()
+    except Exception as error:
+        sentence = problems.sentence(error)
+        if sentence is None:
+            raise
+        print(sentence, file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

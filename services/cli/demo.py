@@ -13,6 +13,7 @@ from agentiad.v1 import trajectory_pb2 as pb
 from services.agent import protocol
 from services.agent.episode import tools_used
 from services.chassis import telemetry
+from services.chassis.errors import BadInput
 from services.cli.inspect import add_exemplars, console, make_progress
 from services.cli.inspecting import Item, Outcome, inspect_all
 from services.cli.page import Result, Summary
@@ -26,6 +27,8 @@ from services.evaluation.metrics import balanced_accuracy
 # Not even one turn: the policy's first look, and the verdict.
 NO_TOOLS = pb.Limits(max_turns=0, max_tool_calls=0, max_new_tokens=96)
 NOTE = "Parts that training never saw. Without the tools: the verdict after the first look, of the same policy."
+# Written first, so that a demo which was interrupted can be run again.
+MARK = ".agentiad-demo"
 # More rows than this are shown by category only.
 MAX_ROWS = 80
 
@@ -36,15 +39,14 @@ def run(parts: int, seed: int, model: Path | None, out: Path) -> None:
 
 
 async def _run(parts: int, seed: int, model: Path | None, out: Path) -> None:
-    if out.exists():
-        shutil.rmtree(out)
+    make_folder(out)
     console.print(f"Making {parts} parts of each of {len(CATEGORIES)} categories, none of them seen in training…")
     manifest = await asyncio.to_thread(
         write_set, out / "parts", per_category=parts, first_seed=TRAINING_VARIANTS + seed * 10_000
     )
     samples = read(manifest)
     items = [item_of(sample) for sample in samples if sample.split != "train"]
-    async with embedded(out, [manifest.parent.resolve()], model) as stack:
+    async with embedded(out, [manifest.parent.resolve()], model, library=out) as stack:
         for category in CATEGORIES:
             normals = [sample.image for sample in samples if sample.split == "train" and sample.category == category]
             added = await add_exemplars(stack, category, normals)
@@ -63,6 +65,16 @@ async def _run(parts: int, seed: int, model: Path | None, out: Path) -> None:
         console.print(_part_table(outcomes))
     console.print(_category_table([*results, total], outcomes))
     console.print(f"Look at the evidence: [bold]{page.resolve()}[/bold]")
+
+
+def make_folder(out: Path) -> None:
+    """An empty folder, marked as a demo's; what an earlier demo left there goes. BadInput: it holds something else."""
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / MARK).is_file():
+            raise BadInput(f"{out} holds files that no demo made: give a new or an empty folder (--out)")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).write_text("Made by `agentiad demo`, which removes this folder when it is run again.\n")
 
 
 def item_of(sample: Sample) -> Item:

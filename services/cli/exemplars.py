@@ -20,6 +20,7 @@ from services.chassis.images import ImageStore
 from services.chassis.settings import load
 from services.cli.inspect import console, make_progress
 from services.cli.inspecting import find_images
+from services.cli.stack import every_exemplar
 
 if TYPE_CHECKING:
     # These exist for the type checker only.
@@ -63,16 +64,9 @@ def show(category: str, data_dir: Path) -> None:
 
 async def _show(category: str, data_dir: Path) -> None:
     async with _retrieval(data_dir, []) as retrieval:
-        token = ""
-        while True:
-            request = retrieval_pb2.ListExemplarsRequest(category=category, page_size=1000, page_token=token)
-            page = await retrieval.ListExemplars(request)
-            for exemplar in page.exemplars:
-                image = exemplar.image
-                print(exemplar.category, image.sha256, f"{image.width}x{image.height}", image.uri, sep="\t")
-            token = page.next_page_token
-            if not token:
-                break
+        async for exemplar in every_exemplar(retrieval, category):
+            image = exemplar.image
+            print(exemplar.category, image.sha256, f"{image.width}x{image.height}", image.uri, sep="\t")
 
 
 def remove(category: str, sha256: list[str], everything: bool, data_dir: Path) -> int:
@@ -104,8 +98,8 @@ async def _retrieval(data_dir: Path, roots: list[Path]) -> AsyncIterator[Retriev
     from services.retrieval.service import hosted
     from services.retrieval.settings import RetrievalSettings
 
-    console.print(f"[dim]Library in {data_dir}[/dim]")
     settings = RetrievalSettings(data_dir=data_dir, image_roots=tuple(map(str, roots)))
+    console.print(f"[dim]Library at {settings.milvus_uri}[/dim]")
     socket = f"unix://{data_dir.resolve()}/exemplars.sock"
     async with hosted(settings) as servicer, rpc.serve(socket, [servicer]), rpc.channel(socket) as channel:
         yield RetrievalServiceStub(channel)

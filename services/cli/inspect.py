@@ -16,6 +16,7 @@ from rich.table import Table
 
 from agentiad.v1 import retrieval_pb2
 from services.chassis import telemetry
+from services.chassis.errors import BadInput
 from services.cli.inspecting import Item, Outcome, find_images, inspect_all
 from services.cli.report import write_report, write_trace
 from services.cli.rows import COLOURS, row
@@ -42,14 +43,15 @@ async def _run(
     if not files:
         console.print("There are no pictures in " + ", ".join(map(str, paths)))
         return []
+    good = _normal_pictures(normals) if normals else []
     with ExitStack() as closing:
         # With --normals the comparison is with these only: a library of their own, gone afterwards.
-        library = Path(closing.enter_context(tempfile.TemporaryDirectory())) if normals else data_dir
-        roots = sorted({path.resolve().parent for path in files} | ({normals.resolve()} if normals else set()))
+        library = Path(closing.enter_context(tempfile.TemporaryDirectory())) if normals else None
+        roots = sorted({path.resolve().parent for path in [*files, *good]})
         console.print("[dim]Starting policy, zoom, retrieval and agent…[/dim]")
-        async with embedded(data_dir, roots, model, library=library) as stack:
-            if normals:
-                await add_exemplars(stack, category, find_images([normals]))
+        async with embedded(data_dir, roots, model, library, category) as stack:
+            if good:
+                await add_exemplars(stack, category, good)
             progress = closing.enter_context(make_progress("Inspecting", len(files)))
             table = Table("image", "decision", "score", "type", "tools", "turns")
 
@@ -69,6 +71,15 @@ async def _run(
             if out:
                 console.print(f"Evidence: {write_report(out, outcomes, stack.images)}")
     return outcomes
+
+
+def _normal_pictures(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise BadInput(f"--normals {folder}: there is no such folder")
+    files = find_images([folder])
+    if not files:
+        raise BadInput(f"--normals {folder}: there are no pictures in it that can be read")
+    return files
 
 
 def make_progress(words: str, total: int) -> Progress:

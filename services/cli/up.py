@@ -16,22 +16,25 @@ from rich.console import Console
 
 from services.agent.settings import AgentSettings
 from services.chassis import lifecycle, telemetry, topics
-from services.chassis.bus import make_bus
-from services.chassis.settings import BusSettings, load
+from services.chassis.errors import BadInput
+from services.chassis.settings import load
+from services.cli.plant import open_bus
 from services.cli.processes import Child, StackError, ready, redis_server, service
 
 console = Console(stderr=True)
 
 
-def run(agents: int, model: Path | None) -> int:
-    """Returns when the stack has stopped; exit status 1 if a part failed."""
+def run(agents: int, model: Path | None, data_dir: Path) -> int:
+    """Returns when the stack has stopped; exit status 1 if a part failed. BadInput: `model` is no checkpoint."""
+    if model is not None and not (model / "config.json").is_file():
+        raise BadInput(f"--model {model} holds no checkpoint (config.json is missing)")
     telemetry.configure("up", "WARNING")
     status = 0
 
     async def main(stop: asyncio.Event) -> None:
         nonlocal status
         try:
-            await _run(agents, model, stop)
+            await _run(agents, model, data_dir.resolve(), stop)
         except StackError as error:
             console.print(f"[red]{error}[/red]")
             status = 1
@@ -40,12 +43,12 @@ def run(agents: int, model: Path | None) -> int:
     return status
 
 
-async def _run(agents: int, model: Path | None, stop: asyncio.Event) -> None:
+async def _run(agents: int, model: Path | None, data_dir: Path, stop: asyncio.Event) -> None:
     settings = load(AgentSettings)
     async with AsyncExitStack() as running:
-        environment = await _environment(running, model)
+        environment = await _environment(running, model, data_dir)
         console.print("[dim]Starting policy, zoom and retrieval, then the agents…[/dim]")
-        bus = make_bus(load(BusSettings))
+        bus = open_bus(data_dir)
         await bus.ensure_topics(topics.TOPICS)
         await bus.close()
         addresses = {
@@ -63,18 +66,18 @@ async def _run(agents: int, model: Path | None, stop: asyncio.Event) -> None:
             children.append(child)
         if not stop.is_set():
             kafka = settings.kafka_bootstrap_servers
-            console.print(f"[bold green]Ready.[/bold green] Bus: {kafka or environment['DATA_DIR'] + '/bus.db'}. "
+            console.print(f"[bold green]Ready.[/bold green] Bus: {kafka or data_dir / 'bus.db'}. "
                           f"Pictures may lie under {environment['IMAGE_ROOTS']}.\n"
                           "Now, in other terminals: [bold]agentiad watch[/bold] and "
-                          "[bold]agentiad publish DIR --line L[/bold]. Ctrl-C stops.")  # fmt: skip
+                          "[bold]agentiad publish DIR --line L[/bold] "
+                          f"(in other folders with --data-dir {data_dir}). Ctrl-C stops.")  # fmt: skip
         await _until_stopped(children, stop)
         console.print("Stopping: agents finish what they have begun…")
 
 
-async def _environment(running: AsyncExitStack, model: Path | None) -> dict[str, str]:
+async def _environment(running: AsyncExitStack, model: Path | None, data_dir: Path) -> dict[str, str]:
     """What every process is given: the caller's environment, with what a stack on one machine needs beside it."""
     environment = dict(os.environ)
-    data_dir = Path(environment.setdefault("DATA_DIR", "out")).resolve()
     data_dir.mkdir(parents=True, exist_ok=True)
     environment["DATA_DIR"] = str(data_dir)
     environment.setdefault("IMAGE_ROOTS", str(Path.cwd()))

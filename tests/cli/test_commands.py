@@ -15,21 +15,14 @@ import pytest
 
 from services.data.procedural import write_set
 from services.data.readers import Sample, read
+from tests.cli.commands import AGENTIAD, agentiad
 from tests.harness.process import free_port
 
-AGENTIAD = [sys.executable, "-m", "services.cli"]
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 ROW = {
     "image", "decision", "anomaly", "score", "type", "box", "turns", "tools", "category", "category_known",
     "policy_version", "trace",
 }  # fmt: skip
-
-
-def agentiad(*words: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*AGENTIAD, *map(str, words)], cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
 
 
 def rows_of(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
@@ -47,7 +40,7 @@ def test_inspect_prints_a_row_an_image_and_says_what_it_could_not_read(samples: 
     (tmp_path / "notes.png").write_text("not a picture")
     result = agentiad(
         "inspect", *parts, tmp_path / "notes.png", tmp_path / "gone.png", "--json", "--out", tmp_path / "report",
-        "--category", "pin_board", "--normals", normals, cwd=tmp_path,
+        "--category", "pin_board", "--normals", normals, cwd=tmp_path, MILVUS_URI=f"http://127.0.0.1:{free_port()}",
     )  # fmt: skip
     assert result.returncode == 1, result.stderr
     rows = {Path(row["image"]).name: row for row in rows_of(result)}
@@ -66,6 +59,22 @@ def test_inspect_prints_a_row_an_image_and_says_what_it_could_not_read(samples: 
     for name in rows:
         assert name in page
     assert len(list((tmp_path / "report" / "evidence").iterdir())) == len(parts)
+
+
+def test_inspect_compares_with_exemplars_that_were_added_before(samples: list[Sample], tmp_path: Path) -> None:
+    parts = [sample.image for sample in samples if sample.split != "train"]
+    normals = next(sample.image.parent for sample in samples if sample.split == "train")
+    nobody = {"RETRIEVAL_ADDRESS": f"127.0.0.1:{free_port()}"}
+    added = agentiad("exemplars", "add", normals, "-c", "pin_board", cwd=tmp_path, **nobody)
+    assert added.returncode == 0, added.stderr
+    result = agentiad("inspect", *parts, "--json", "-c", "pin_board", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    traces = [json.loads((tmp_path / row["trace"]).read_text()) for row in rows_of(result)]
+    turns = [turn for trace in traces for turn in trace["trajectory"]["turns"]]
+    compared = [turn["observation"] for turn in turns if "exemplar" in turn.get("observation", {})]
+    assert compared
+    assert all(seen["image"]["uri"] for seen in compared)
+    assert {seen["exemplar"]["uri"].rpartition("/")[0] for seen in compared} == {normals.as_uri()}
 
 
 def test_inspect_says_when_there_is_nothing_to_do(tmp_path: Path) -> None:
@@ -104,6 +113,9 @@ def test_exemplars_are_added_listed_and_removed(samples: list[Sample], tmp_path:
     removed = agentiad("exemplars", "remove", "-c", "pin_board", digest, cwd=tmp_path, **nobody)
     assert "1 exemplars removed" in removed.stderr
     assert len(agentiad("exemplars", "list", cwd=tmp_path, **nobody).stdout.splitlines()) == 1
+    other = agentiad("exemplars", "list", cwd=tmp_path, MILVUS_URI="other.db", **nobody)
+    assert other.stdout == ""
+    assert "Library at other.db" in other.stderr
 
 
 def test_config_masks_secrets_and_says_what_is_wrong(tmp_path: Path) -> None:
@@ -134,8 +146,9 @@ async def test_a_plant_on_the_embedded_stack(samples: list[Sample], tmp_path: Pa
     }
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "IMAGE_ROOTS": str(samples[0].image.parents[3]), **addresses}
     up = await asyncio.create_subprocess_exec(
-        *AGENTIAD, "up", "--agents", "2", cwd=tmp_path, env=environment, stderr=asyncio.subprocess.PIPE
-    )
+        *AGENTIAD, "up", "--agents", "2", "--data-dir", "plant", cwd=tmp_path, env=environment,
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
     assert up.stderr is not None
     try:
         while b"Ready." not in (line := await up.stderr.readline()):
@@ -145,12 +158,14 @@ async def test_a_plant_on_the_embedded_stack(samples: list[Sample], tmp_path: Pa
             agentiad, "exemplars", "add", normals, "-c", "pin_board", cwd=tmp_path, **addresses
         )
         assert "stack that runs here" in added.stderr
+        # From other folders, with the same data.
+        data = ("--data-dir", tmp_path / "plant")
         published = await asyncio.to_thread(
-            agentiad, "publish", parts, "--line", "L1", "-c", "pin_board", cwd=tmp_path, **addresses
+            agentiad, "publish", parts, "--line", "L1", "-c", "pin_board", *data, cwd=parts, **addresses
         )
         assert published.returncode == 0, published.stderr
         watched = await asyncio.to_thread(
-            agentiad, "watch", "--from-beginning", "--json", "--count", "4", cwd=tmp_path, **addresses
+            agentiad, "watch", "--from-beginning", "--json", "--count", "4", *data, cwd=parts, **addresses
         )
         assert {Path(row["image"]).name for row in rows_of(watched)} == {
             sample.image.name for sample in samples if sample.split != "train"
