@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -160,6 +161,8 @@ def exemplars_remove(
 
 def main() -> None:
     """Exit status 2 and one sentence for whatever a person can mend."""
+    # It logs the traceback of what it raises as well.
+    logging.getLogger("milvus_lite.server_manager").setLevel(logging.CRITICAL)
     try:
         app()
     except Exception as error:

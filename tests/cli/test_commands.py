@@ -113,9 +113,10 @@ def test_exemplars_are_added_listed_and_removed(samples: list[Sample], tmp_path:
     removed = agentiad("exemplars", "remove", "-c", "pin_board", digest, cwd=tmp_path, **nobody)
     assert "1 exemplars removed" in removed.stderr
     assert len(agentiad("exemplars", "list", cwd=tmp_path, **nobody).stdout.splitlines()) == 1
-    other = agentiad("exemplars", "list", cwd=tmp_path, MILVUS_URI="other.db", **nobody)
-    assert other.stdout == ""
-    assert "Library at other.db" in other.stderr
+    elsewhere = f"http://127.0.0.1:{free_port()}"
+    other = agentiad("exemplars", "list", cwd=tmp_path, MILVUS_URI=elsewhere, **nobody)
+    assert other.returncode == 2
+    assert f"Library at {elsewhere}" in other.stderr
 
 
 def test_config_masks_secrets_and_says_what_is_wrong(tmp_path: Path) -> None:
