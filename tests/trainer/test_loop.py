@@ -71,7 +71,7 @@ def test_pretext_comes_first_and_stays_beside(base: Path, examples: list[Example
 
 
 def test_a_frozen_tower_does_not_move(base: Path, examples: list[Example], tmp_path: Path) -> None:
-    loop = make_loop(base, examples, make_settings(tmp_path / "run", freeze_vision=True))
+    loop = make_loop(base, examples, make_settings(tmp_path / "run", base=base, freeze_vision=True))
     before = {name: parameter.clone() for name, parameter in loop.vision.named_parameters()}
     loop.run(lambda metrics: None)
     assert loop.heads is None
@@ -82,7 +82,9 @@ def test_a_frozen_tower_does_not_move(base: Path, examples: list[Example], tmp_p
 def test_a_few_steps_lower_the_loss_of_any_qwen_vl(architecture: Architecture, tmp_path: Path) -> None:
     base = make_tiny_checkpoint(tmp_path / "base", architecture)
     examples = dataset.build(make_recipe(8), base, tmp_path / "cache", 1, lambda n: None)
-    settings = make_settings(tmp_path / "run", batch=8, epochs=8.0, pretext_steps=0, freeze_vision=True, adam_lr=3e-3)
+    settings = make_settings(
+        tmp_path / "run", batch=8, epochs=8.0, pretext_steps=0, base=base, freeze_vision=True, adam_lr=3e-3
+    )
     losses = [step["loss"] for step in losses_of(make_loop(base, examples, settings, labels=0))]
     assert losses[-1] < 0.8 * losses[0]
 
