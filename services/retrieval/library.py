@@ -8,6 +8,7 @@ change what they mean. All calls block, and end with Transient when Milvus does 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,13 +19,20 @@ from typing import Any
 import grpc
 import numpy as np
 import numpy.typing as npt
-from pymilvus import DataType, MilvusClient
-from pymilvus.client.types import Status
-from pymilvus.exceptions import ConnectError, MilvusException, MilvusUnavailableException
 
 from agentiad.v1.trajectory_pb2 import ImageReference
 from services.chassis.errors import BadInput, Transient
 from services.chassis.rpc import remaining
+
+# pymilvus reads MILVUS_URI too, once, and refuses the path of a file there.
+_uri = os.environ.pop("MILVUS_URI", None)
+try:
+    from pymilvus import DataType, MilvusClient
+    from pymilvus.client.types import Status
+    from pymilvus.exceptions import ConnectError, MilvusException, MilvusUnavailableException
+finally:
+    if _uri is not None:
+        os.environ["MILVUS_URI"] = _uri
 
 COLLECTION = "exemplars"
 MAX_CATEGORY_BYTES = 256

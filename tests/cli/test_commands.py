@@ -117,6 +117,8 @@ def test_exemplars_are_added_listed_and_removed(samples: list[Sample], tmp_path:
     other = agentiad("exemplars", "list", cwd=tmp_path, MILVUS_URI=elsewhere, **nobody)
     assert other.returncode == 2
     assert f"Library at {elsewhere}" in other.stderr
+    file = agentiad("exemplars", "list", cwd=tmp_path, MILVUS_URI=str(tmp_path / "other.db"), **nobody)
+    assert (file.returncode, file.stdout) == (0, "")
 
 
 def test_config_masks_secrets_and_says_what_is_wrong(tmp_path: Path) -> None:
@@ -139,21 +141,42 @@ def test_a_service_with_wrong_settings_says_everything_at_once_and_exits_2(tmp_p
     assert {line.split(":")[0] for line in result.stderr.splitlines()} == {"MAX_IN_FLIGHT", "BIND", "THRESHOLD"}
 
 
+def free_addresses() -> dict[str, str]:
+    return {
+        name: f"127.0.0.1:{free_port()}" for name in ("POLICY_ADDRESS", "ZOOM_ADDRESS", "RETRIEVAL_ADDRESS", "BIND")
+    }
+
+
+async def ready_stack(folder: Path, agents: int, **environment: str) -> asyncio.subprocess.Process:
+    """`agentiad up` that has said that it is ready."""
+    up = await asyncio.create_subprocess_exec(
+        *AGENTIAD, "up", "--agents", str(agents), "--data-dir", "plant", cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert up.stderr is not None
+    while b"Ready." not in (line := await up.stderr.readline()):
+        assert line, "the stack ended before it was ready"
+    return up
+
+
+async def test_a_stack_ends_with_its_redis(tmp_path: Path) -> None:
+    up = await ready_stack(tmp_path, 1, **free_addresses())
+    assert up.stderr is not None
+    children = Path(f"/proc/{up.pid}/task/{up.pid}/children").read_text().split()
+    (redis,) = (int(pid) for pid in children if "redis" in Path(f"/proc/{pid}/comm").read_text())
+    os.kill(redis, signal.SIGKILL)
+    rest = await up.stderr.read()
+    assert await up.wait() == 1
+    assert b"redis ended with status" in rest
+
+
 async def test_a_plant_on_the_embedded_stack(samples: list[Sample], tmp_path: Path) -> None:
     """up, exemplars add, publish, watch, Ctrl-C: the README's walk."""
     parts = next(sample.image.parents[1] for sample in samples if sample.split != "train")
-    addresses = {
-        name: f"127.0.0.1:{free_port()}" for name in ("POLICY_ADDRESS", "ZOOM_ADDRESS", "RETRIEVAL_ADDRESS", "BIND")
-    }
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "IMAGE_ROOTS": str(samples[0].image.parents[3]), **addresses}
-    up = await asyncio.create_subprocess_exec(
-        *AGENTIAD, "up", "--agents", "2", "--data-dir", "plant", cwd=tmp_path, env=environment,
-        stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+    addresses = free_addresses()
+    up = await ready_stack(tmp_path, 2, IMAGE_ROOTS=str(samples[0].image.parents[3]), **addresses)
     assert up.stderr is not None
     try:
-        while b"Ready." not in (line := await up.stderr.readline()):
-            assert line, "the stack ended before it was ready"
         normals = next(sample.image.parent for sample in samples if sample.split == "train")
         added = await asyncio.to_thread(
             agentiad, "exemplars", "add", normals, "-c", "pin_board", cwd=tmp_path, **addresses
