@@ -28,7 +28,7 @@ if _version_not_supported:
 class ZoomServiceStub:
     """The service that draws pixels: crops (Perceptive Zoomer) and registered comparisons.
     INVALID_ARGUMENT: the image is not what its reference says, or not decodable. NOT_FOUND: it is gone.
-    A box that the policy got wrong is an answer (`tool_error`), not a status.
+    A box that the policy got wrong, or an exemplar that cannot be read, is an answer (`tool_error`), not a status.
     """
 
     def __init__(self, channel):
@@ -52,7 +52,7 @@ class ZoomServiceStub:
 class ZoomServiceServicer:
     """The service that draws pixels: crops (Perceptive Zoomer) and registered comparisons.
     INVALID_ARGUMENT: the image is not what its reference says, or not decodable. NOT_FOUND: it is gone.
-    A box that the policy got wrong is an answer (`tool_error`), not a status.
+    A box that the policy got wrong, or an exemplar that cannot be read, is an answer (`tool_error`), not a status.
     """
 
     def Crop(self, request, context):
@@ -91,7 +91,7 @@ def add_ZoomServiceServicer_to_server(servicer, server):
 class ZoomService:
     """The service that draws pixels: crops (Perceptive Zoomer) and registered comparisons.
     INVALID_ARGUMENT: the image is not what its reference says, or not decodable. NOT_FOUND: it is gone.
-    A box that the policy got wrong is an answer (`tool_error`), not a status.
+    A box that the policy got wrong, or an exemplar that cannot be read, is an answer (`tool_error`), not a status.
     """
 
     @staticmethod

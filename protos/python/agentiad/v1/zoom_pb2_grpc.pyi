@@ -29,7 +29,7 @@ GRPC_VERSION: str
 class ZoomServiceStub:
     """The service that draws pixels: crops (Perceptive Zoomer) and registered comparisons.
     INVALID_ARGUMENT: the image is not what its reference says, or not decodable. NOT_FOUND: it is gone.
-    A box that the policy got wrong is an answer (`tool_error`), not a status.
+    A box that the policy got wrong, or an exemplar that cannot be read, is an answer (`tool_error`), not a status.
     """
 
     @_typing.overload
@@ -43,7 +43,7 @@ class ZoomServiceStub:
 class ZoomServiceAsyncStub(ZoomServiceStub):
     """The service that draws pixels: crops (Perceptive Zoomer) and registered comparisons.
     INVALID_ARGUMENT: the image is not what its reference says, or not decodable. NOT_FOUND: it is gone.
-    A box that the policy got wrong is an answer (`tool_error`), not a status.
+    A box that the policy got wrong, or an exemplar that cannot be read, is an answer (`tool_error`), not a status.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -53,7 +53,7 @@ class ZoomServiceAsyncStub(ZoomServiceStub):
 class ZoomServiceServicer(metaclass=_abc_1.ABCMeta):
     """The service that draws pixels: crops (Perceptive Zoomer) and registered comparisons.
     INVALID_ARGUMENT: the image is not what its reference says, or not decodable. NOT_FOUND: it is gone.
-    A box that the policy got wrong is an answer (`tool_error`), not a status.
+    A box that the policy got wrong, or an exemplar that cannot be read, is an answer (`tool_error`), not a status.
     """
 
     @_abc_1.abstractmethod
