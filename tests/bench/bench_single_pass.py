@@ -1,9 +1,8 @@
 """What the tools are worth: pocket as it ships against one of the same size, trained to answer after a single look.
 
-    python -m tests.bench.bench_single_pass DIR     (as long as the training of pocket; not part of `make bench`)
+    python -m tests.bench.bench_single_pass DIR     (half as long as the training of pocket; not part of `make bench`)
 
-Both see the same parts. Both get as many
-epochs. Also without the Comparative Retriever: pocket whose queries find no exemplar.
+Both see the same parts, as often. Also without the Comparative Retriever: pocket whose queries find no exemplar.
 """
 
 import sys
@@ -20,7 +19,7 @@ from services.vlm import pocket
 
 SHIPPED = Path(pocket.__file__).parent / "checkpoints" / "pocket"
 PER_CATEGORY = 100
-# As many looks at as many parts as pocket had episodes: about half of its training time.
+# As many as pocket's own training takes.
 EPOCHS = 2.0
 
 
