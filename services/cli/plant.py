@@ -63,7 +63,7 @@ async def _publish(directory: Path, line: str, category: str, budget_s: float | 
             await asyncio.gather(*map(one, files))
     finally:
         await bus.close()
-    console.print(f"{len(files) - failed} events published for line {line}")
+    console.print(f"{len(files) - failed} events published for line {line} to {_bus_name(data_dir)}")
     return 1 if failed or not files else 0
 
 
@@ -93,10 +93,15 @@ def watch(from_beginning: bool, as_json: bool, count: int | None, data_dir: Path
         console.print("[dim]stopped[/dim]")
 
 
+def _bus_name(data_dir: Path) -> str:
+    return load(BusSettings).kafka_bootstrap_servers or str(data_dir / "bus.db")
+
+
 async def _watch(from_beginning: bool, as_json: bool, count: int | None, data_dir: Path) -> None:
     bus = open_bus(data_dir)
     try:
         await bus.ensure_topics(topics.TOPICS)
+        console.print(f"[dim]Watching {_bus_name(data_dir)}; Ctrl-C stops.[/dim]")
         shown = 0
         async with aclosing(results(bus, from_beginning)) as found:
             async for result in found:
@@ -173,9 +178,10 @@ def _print(inspection: events_pb2.InspectionCompleted, as_json: bool) -> None:
         return
     score = "  –  " if printed["score"] is None else f"{printed['score']:.3f}"
     latency = inspection.latency.ToTimedelta().total_seconds()
+    unknown = "" if printed["category_known"] else "  [yellow](the policy was not trained on this category)[/yellow]"
     console.print(
         f"{inspection.line}  [{COLOURS[printed['decision']]}]{printed['decision']:6}[/]  {score}  "
-        f"{printed['type']:14.14}  {latency:7.2f} s  {Path(printed['image']).name}",
+        f"{printed['type']:14.14}  {latency:7.2f} s  {escape(Path(printed['image']).name)}{unknown}",
         highlight=False,
     )
 

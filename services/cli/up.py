@@ -70,8 +70,8 @@ async def _run(agents: int, model: Path | None, data_dir: Path, stop: asyncio.Ev
             kafka = settings.kafka_bootstrap_servers
             console.print(f"[bold green]Ready.[/bold green] Bus: {kafka or data_dir / 'bus.db'}. "
                           f"Pictures may lie under {environment['IMAGE_ROOTS']}.\n"
-                          "Now, in other terminals: [bold]agentiad watch[/bold] and "
-                          "[bold]agentiad publish DIR --line L[/bold] "
+                          "Now, in other terminals: [bold]agentiad exemplars add NORMALS -c PRODUCT[/bold], "
+                          "[bold]agentiad watch[/bold] and [bold]agentiad publish DIR --line L -c PRODUCT[/bold] "
                           f"(in other folders with --data-dir {data_dir}). Ctrl-C stops.")  # fmt: skip
         await _until_stopped(children, stop)
         console.print("Stopping: agents finish what they have begun…")
