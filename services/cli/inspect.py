@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -19,7 +20,7 @@ from services.chassis import telemetry
 from services.chassis.errors import BadInput
 from services.cli.inspecting import Item, Outcome, find_images, inspect_all
 from services.cli.report import write_report, write_trace
-from services.cli.rows import COLOURS, row
+from services.cli.rows import COLOURS, readable, row
 from services.cli.stack import Stack, embedded
 
 console = Console(stderr=True)
@@ -108,11 +109,12 @@ def as_row(outcome: Outcome, trace: Path | None) -> dict[str, Any]:
 
 
 def _cells(printed: dict[str, Any]) -> list[str]:
+    name = escape(readable(printed["image"]))
     if "error" in printed:
-        return [printed["image"], "[red]error[/red]", "", printed["error"], "", ""]
+        return [name, "[red]error[/red]", "", escape(readable(printed["error"])), "", ""]
     decision = f"[{COLOURS[printed['decision']]}]{printed['decision']}[/]"
     score = "" if printed["score"] is None else f"{printed['score']:.3f}"
-    return [printed["image"], decision, score, printed["type"], " ".join(printed["tools"]), str(printed["turns"])]
+    return [name, decision, score, escape(printed["type"]), " ".join(printed["tools"]), str(printed["turns"])]
 
 
 def _say_unknown(outcomes: list[Outcome], category: str) -> None:

@@ -16,6 +16,7 @@ from agentiad.v1 import trajectory_pb2 as pb
 from services.chassis.errors import BadInput, Exhausted, Transient
 from services.chassis.images import ImageStore
 from services.chassis.rpc import deadline, from_rpc_error
+from services.cli.rows import readable
 
 if TYPE_CHECKING:
     # These exist for the type checker only.
@@ -86,7 +87,7 @@ async def _inspect(
 ) -> events_pb2.InspectionCompleted:
     reference = await asyncio.to_thread(store.describe, item.path)
     captured = events_pb2.ImageCaptured(
-        event_id=uuid.uuid4().hex, line="cli", category=item.category, image=reference, unit=item.name[:200]
+        event_id=uuid.uuid4().hex, line="cli", category=item.category, image=reference, unit=readable(item.name)[:200]
     )
     captured.captured_at.GetCurrentTime()
     inspection = None

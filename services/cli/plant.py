@@ -22,7 +22,7 @@ from services.chassis.images import ImageStore
 from services.chassis.settings import BusSettings, load
 from services.cli.inspect import console, make_progress
 from services.cli.inspecting import find_images
-from services.cli.rows import COLOURS, row
+from services.cli.rows import COLOURS, readable, row
 
 SOURCE = "/agentiad/plant"
 # Events on their way to the broker at once.
@@ -73,7 +73,7 @@ async def publish_image(
     """Publishes the event of one picture and returns it. Raises BadInput for a file that is no usable picture."""
     now = datetime.now(UTC)
     captured = events_pb2.ImageCaptured(
-        event_id=uuid.uuid4().hex, line=line, category=category, unit=file.stem[:200],
+        event_id=uuid.uuid4().hex, line=line, category=category, unit=readable(file.stem)[:200],
         image=await asyncio.to_thread(store.describe, file),
     )  # fmt: skip
     captured.captured_at.FromDatetime(now)

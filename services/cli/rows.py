@@ -28,3 +28,8 @@ def row(image: str, inspection: events_pb2.InspectionCompleted, trace: str | Non
         "policy_version": inspection.policy_version,
         "trace": trace,
     }
+
+
+def readable(name: str) -> str:
+    """A file's name as text: bytes that are no UTF-8 are written out."""
+    return name.encode("utf-8", "backslashreplace").decode()

@@ -50,18 +50,19 @@ def train(settings: SftSettings, console: Console) -> Path:
     cv2.setNumThreads(1)
     torch.manual_seed(settings.seed)
     work = settings.out / "work"
-    _occupy(settings, work)
     view = pb.COMPARISON_VIEW_COMPOSITE if settings.base is None else read_card(settings.base).comparison_view
     recipe = dataset.Recipe(
         settings.data, settings.samples, settings.seed, settings.single_pass, view, settings.weights
     )
+    kinds = len(dataset.labels(recipe))  # data that cannot be read is refused before anything is written
+    _occupy(settings, work)
     start = _start(settings, recipe, work, console)
     with _progress(console) as progress:
         bar = progress.add_task("episodes", total=recipe.samples)
         examples = dataset.build(
             recipe, start.folder, work / "examples", settings.workers or threads, lambda n: progress.advance(bar, n)
         )
-    loop = Loop(settings, start.model, start.renderer, examples, len(dataset.labels(recipe)), work)
+    loop = Loop(settings, start.model, start.renderer, examples, kinds, work)
     if loop.resume():
         console.print(f"resumed at step {loop.step}")
     with _progress(console) as progress:
