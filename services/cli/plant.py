@@ -34,6 +34,11 @@ def open_bus(data_dir: Path) -> Bus:
     return make_bus(load(BusSettings).model_copy(update={"data_dir": data_dir}))
 
 
+def bus_name(data_dir: Path) -> str:
+    """Where that bus is, for a person."""
+    return load(BusSettings).kafka_bootstrap_servers or str(data_dir / "bus.db")
+
+
 def publish(directory: Path, line: str, category: str, budget_s: float | None, data_dir: Path) -> int:
     """Publishes an event a picture; the exit status is 1 if any could not be described."""
     telemetry.configure("plant", "WARNING")
@@ -63,7 +68,7 @@ async def _publish(directory: Path, line: str, category: str, budget_s: float | 
             await asyncio.gather(*map(one, files))
     finally:
         await bus.close()
-    console.print(f"{len(files) - failed} events published for line {line} to {_bus_name(data_dir)}")
+    console.print(f"{len(files) - failed} events published for line {line} to {bus_name(data_dir)}")
     return 1 if failed or not files else 0
 
 
@@ -93,15 +98,11 @@ def watch(from_beginning: bool, as_json: bool, count: int | None, data_dir: Path
         console.print("[dim]stopped[/dim]")
 
 
-def _bus_name(data_dir: Path) -> str:
-    return load(BusSettings).kafka_bootstrap_servers or str(data_dir / "bus.db")
-
-
 async def _watch(from_beginning: bool, as_json: bool, count: int | None, data_dir: Path) -> None:
     bus = open_bus(data_dir)
     try:
         await bus.ensure_topics(topics.TOPICS)
-        console.print(f"[dim]Watching {_bus_name(data_dir)}; Ctrl-C stops.[/dim]")
+        console.print(f"[dim]Watching {bus_name(data_dir)}; Ctrl-C stops.[/dim]")
         shown = 0
         async with aclosing(results(bus, from_beginning)) as found:
             async for result in found:

@@ -18,7 +18,7 @@ from services.agent.settings import AgentSettings
 from services.chassis import lifecycle, telemetry, topics
 from services.chassis.errors import BadInput
 from services.chassis.settings import load
-from services.cli.plant import open_bus
+from services.cli.plant import bus_name, open_bus
 from services.cli.processes import Child, StackError, ready, redis_server, service
 
 console = Console(stderr=True)
@@ -67,8 +67,7 @@ async def _run(agents: int, model: Path | None, data_dir: Path, stop: asyncio.Ev
             await ready(child, address, stop)
             children.append(child)
         if not stop.is_set():
-            kafka = settings.kafka_bootstrap_servers
-            console.print(f"[bold green]Ready.[/bold green] Bus: {kafka or data_dir / 'bus.db'}. "
+            console.print(f"[bold green]Ready.[/bold green] Bus: {bus_name(data_dir)}. "
                           f"Pictures may lie under {environment['IMAGE_ROOTS']}.\n"
                           "Now, in other terminals: [bold]agentiad exemplars add NORMALS -c PRODUCT[/bold], "
                           "[bold]agentiad watch[/bold] and [bold]agentiad publish DIR --line L -c PRODUCT[/bold] "
