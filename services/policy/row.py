@@ -12,13 +12,11 @@ import numpy.typing as npt
 from agentiad.v1 import trajectory_pb2 as pb
 from services.policy.prefix_cache import Node
 from services.policy.prompt import Boundary, Prompt, Suffix
+from services.policy.threaded import Outcome
 from services.vlm.checkpoint import Vocabulary
 
 # The text after which the next word is the verdict.
 _VERDICT = re.compile(r'"anomaly_present"\s*:\s*$')
-
-Outcome = pb.Generation | Exception
-
 
 @dataclass(eq=False)
 class Row:
@@ -72,10 +70,18 @@ class Row:
             self.finish_reason = pb.FINISH_REASON_STOP
         elif len(self.ids) == self.max_new_tokens:
             self.finish_reason = pb.FINISH_REASON_LENGTH
-        elif token in vocabulary.colon_ids:
-            self.at_verdict = asks_for_verdict(decode(self.forced_ids + self.ids))
-        elif token not in vocabulary.blank_ids:
-            self.at_verdict = False
+        else:
+            self.at_verdict = verdict_follows(self.at_verdict, self.forced_ids + self.ids, vocabulary, decode)
+
+
+def verdict_follows(before: bool, ids: list[int], vocabulary: Vocabulary, decode: Callable[[list[int]], str]) -> bool:
+    """Whether the verdict comes after `ids`, all that the assistant's message holds; `before`: after all but the last.
+
+    Looks at the whole text only where a colon may have come.
+    """
+    if ids[-1] in vocabulary.colon_ids:
+        return asks_for_verdict(decode(ids))
+    return before and ids[-1] in vocabulary.blank_ids
 
 
 def asks_for_verdict(text: str) -> bool:

@@ -16,6 +16,7 @@ _POCKET = Path(__file__).parents[1] / "vlm" / "checkpoints" / "pocket"
 class EngineSettings(ImageSettings):
     """How an engine runs, wherever it is hosted. Triton's model gets them as the parameters of its configuration."""
 
+    engine: Literal["transformers", "vllm"] = "transformers"  # vllm: in an environment of its own (make install-vllm)
     device: str = "cpu"  # a torch device
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"  # auto: the faster one of a timed matmul
     torch_threads: int = Field(default=0, ge=0)  # 0: torch's own choice
@@ -23,6 +24,9 @@ class EngineSettings(ImageSettings):
     max_queue: int = Field(default=256, ge=0)  # requests that wait beyond them; more are refused
     max_context: int = Field(default=0, ge=0)  # tokens of prompt and reply together; 0: the model's own limit
     prefix_cache_mib: int = Field(default=512, ge=0)  # keys and values of earlier turns; 0: none
+    max_images: int = Field(default=12, ge=1)  # in one prompt; vllm only
+    tensor_parallel: int = Field(default=1, ge=1)  # GPUs that share one model; vllm only
+    gpu_memory_share: float = Field(default=0.9, gt=0, le=1)  # of a GPU, for weights, keys and values; vllm only
 
 
 class PolicySettings(EngineSettings, RpcSettings, BusSettings):

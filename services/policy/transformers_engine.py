@@ -1,40 +1,26 @@
 """The engine `transformers`: the model's own forward in a short loop that batches across requests.
 
-    generate ──prepare (threads: render, match prefix, read pixels)──▶ waiting ──▶ the engine's thread:
-                                                                                join → step → step → … → deliver
-
-The front lives in the caller's event loop; one thread owns the model, the batch and nothing else.
-Invariant: `_places` counts the requests between `generate` and its answer; it never exceeds max_batch + max_queue.
+In the engine's thread (`threaded.py`): join → step → step → … → deliver.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import queue
-import threading
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from PIL import Image
 
 from agentiad.v1 import trajectory_pb2 as pb
-from agentiad.v1.policy_pb2 import PolicyCard
-from services.chassis.errors import BadInput, Exhausted, Transient
+from services.chassis.errors import BadInput
 from services.policy import sampling as sampler
 from services.policy.batch import Batch
 from services.policy.prefix_cache import PrefixCache
 from services.policy.prompt import Pixels, Prompt, make_prompt, suffix_after
-from services.policy.row import Outcome, Row, asks_for_verdict
+from services.policy.row import Row, asks_for_verdict
+from services.policy.threaded import Outcome, ThreadedEngine
 from services.vlm.checkpoint import LoadedPolicy
 from services.vlm.render import Chunk, TokenChunk
-
-# Threads that render prompts and preprocess images beside the engine's.
-_PREPARING_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -49,7 +35,7 @@ class EngineLimits:
     threads: int = 0
 
 
-class TransformersEngine:
+class TransformersEngine(ThreadedEngine[Row]):
     """Serves one loaded checkpoint.
 
     `load_image` opens an image (blocking; called in threads) and raises BadInput or NotFound.
@@ -59,60 +45,18 @@ class TransformersEngine:
         self, policy: LoadedPolicy, load_image: Callable[[pb.Image], Image.Image], limits: EngineLimits | None = None
     ) -> None:
         self._policy, self._load_image, self._limits = policy, load_image, limits or EngineLimits()
+        super().__init__(policy.card, self._limits.max_batch + self._limits.max_queue)
         own = int(policy.model.config.get_text_config().max_position_embeddings)
         self._max_context = min(own, self._limits.max_context or own)
         self._cache = PrefixCache(self._limits.prefix_cache_bytes)
-        self._places = 0
-        self._ended = False
-        self._failure: Exception | None = None
-        self._arrivals: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
-        self._preparers = ThreadPoolExecutor(_PREPARING_THREADS, thread_name_prefix="policy-prepare")
-        self._thread = threading.Thread(target=self._run, name="policy-engine", daemon=True)
-        self._thread.start()
-
-    @property
-    def card(self) -> PolicyCard:
-        return self._policy.card
+        self._batch = Batch(policy, self._cache, self._limits.max_batch)
+        self._waiting: list[Row] = []
+        self._start()
 
     @property
     def prefix_bytes(self) -> int:
         """Memory that kept prefixes take now."""
         return self._cache.size
-
-    async def generate(
-        self, messages: Sequence[pb.Message], sampling: pb.Sampling, deadline: float | None = None
-    ) -> pb.Generation:
-        """See services.policy.engine.Engine."""
-        if self._places >= self._limits.max_batch + self._limits.max_queue:
-            raise Exhausted(f"the policy already has {self._places} requests")
-        self._places += 1
-        try:
-            async with asyncio.timeout(None if deadline is None else max(0.0, deadline - time.monotonic())):
-                return await self._generate(messages, sampling)
-        except TimeoutError as error:
-            raise Transient("the deadline has passed") from error
-        finally:
-            self._places -= 1
-
-    async def close(self) -> None:
-        """See services.policy.engine.Engine."""
-        self._arrivals.put(None)
-        await asyncio.to_thread(self._thread.join)
-        self._preparers.shutdown(wait=False)  # what it still prepares finds the engine closed
-
-    async def _generate(self, messages: Sequence[pb.Message], sampling: pb.Sampling) -> pb.Generation:
-        self._check_alive()
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[pb.Generation] = loop.create_future()
-        deliver = partial(_deliver, loop, answer)
-        row = await loop.run_in_executor(self._preparers, self._prepare, messages, sampling, deliver)
-        self._arrivals.put(row)
-        # After, not before: a row that came too late for the last sweep of `_run` sees here that it ended.
-        self._check_alive()
-        try:
-            return await answer
-        finally:
-            row.cancelled = True  # no effect on a row that has been delivered
 
     def _prepare(
         self, messages: Sequence[pb.Message], sampling: pb.Sampling, deliver: Callable[[Outcome], None]
@@ -157,47 +101,24 @@ class TransformersEngine:
             batch = self._policy.renderer.pixels([self._load_image(image)])
             prompt.pixels[index] = Pixels(batch["pixel_values"], batch["image_grid_thw"])
 
-    def _check_alive(self) -> None:
-        if self._failure is not None:
-            raise RuntimeError("the engine has failed") from self._failure
-        if self._ended:
-            raise Transient("this policy version is closed")
-
-    def _run(self) -> None:
+    def _serve(self) -> None:
         if self._limits.threads:
             torch.set_num_threads(self._limits.threads)
-        batch = Batch(self._policy, self._cache, self._limits.max_batch)
-        waiting: list[Row] = []
-        try:
-            with torch.inference_mode():
-                while self._receive(waiting, block=not batch.rows and not waiting):
-                    joining, waiting = batch.select([row for row in waiting if not row.cancelled])
-                    batch.join(joining)
-                    self._deliver_ended(batch)  # some end with their first token
-                    batch.step()
-                    self._deliver_ended(batch)
-            end: Exception = Transient("this policy version is closed")
-        except Exception as error:  # a bug or a broken device: whoever waits must hear of it, and so must who comes
-            self._failure = end = error
-        self._ended = True
-        for row in [*batch.rows, *waiting, *_drain(self._arrivals)]:
-            row.deliver(end)
+        batch = self._batch
+        with torch.inference_mode():
+            while self._receive(self._waiting, block=not batch.rows and not self._waiting):
+                joining, self._waiting = batch.select([row for row in self._waiting if not row.cancelled])
+                batch.join(joining)
+                self._deliver_ended(batch)  # some end with their first token
+                batch.step()
+                self._deliver_ended(batch)
+
+    def _unanswered(self) -> Iterable[Row]:
+        return [*self._batch.rows, *self._waiting]
 
     def _deliver_ended(self, batch: Batch) -> None:
         for row in batch.remove_ended():
             row.deliver(self._generation(row))
-
-    def _receive(self, waiting: list[Row], block: bool) -> bool:
-        """Moves arrivals to `waiting`; False once the engine is told to close."""
-        while True:
-            try:
-                row = self._arrivals.get(block=block)
-            except queue.Empty:
-                return True
-            if row is None:
-                return False
-            waiting.append(row)
-            block = False
 
     def _generation(self, row: Row) -> pb.Generation:
         ids = row.ids
@@ -223,27 +144,3 @@ def forced_ids(chunks: Sequence[Chunk]) -> list[int]:
             break
         ids[:0] = chunk.ids
     return ids
-
-
-def _deliver(loop: asyncio.AbstractEventLoop, answer: asyncio.Future[pb.Generation], outcome: Outcome) -> None:
-    """Called in the engine's thread."""
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-        loop.call_soon_threadsafe(_resolve, answer, outcome)
-
-
-def _resolve(answer: asyncio.Future[pb.Generation], outcome: Outcome) -> None:
-    if answer.done():  # nobody waits any more
-        return
-    if isinstance(outcome, Exception):
-        answer.set_exception(outcome)
-    else:
-        answer.set_result(outcome)
-
-
-def _drain(arrivals: queue.SimpleQueue[Row | None]) -> list[Row]:
-    rows = []
-    while not arrivals.empty():
-        row = arrivals.get()
-        if row is not None:
-            rows.append(row)
-    return rows

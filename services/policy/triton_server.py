@@ -25,9 +25,10 @@ class TritonMissingError(Exception):
 
 
 @contextmanager
-def triton_command(port: int) -> Iterator[tuple[list[str], dict[str, str]]]:
+def triton_command(port: int, python: Path = Path(sys.executable)) -> Iterator[tuple[list[str], dict[str, str]]]:
     """(command, environment) of a Triton that serves gRPC on 127.0.0.1:`port` and loads models when it is told to.
 
+    `python`: of the virtual environment whose packages the models use; of the same Python as this process.
     What the command needs on disk is there until the block ends. Probe the models' readiness, not the server's: one
     failed load makes the whole server unready. Raises TritonMissingError.
     """
@@ -45,7 +46,7 @@ def triton_command(port: int) -> Iterator[tuple[list[str], dict[str, str]]]:
             "--allow-metrics=false",
             "--exit-timeout-secs=10",
         ]
-        yield command, {**os.environ, **_environment(wheel)}
+        yield command, {**os.environ, **_environment(wheel, python)}
 
 
 def _wheel() -> Path:
@@ -67,11 +68,11 @@ def _backends(wheel: Path, folder: Path) -> Path:
     return python.parent
 
 
-def _environment(wheel: Path) -> dict[str, str]:
+def _environment(wheel: Path, python: Path) -> dict[str, str]:
     # The interpreter's own folder leads: the stub would otherwise load the system's libpython.
     libraries = [sysconfig.get_config_var("LIBDIR"), str(wheel.parent / "nvidia_pytriton.libs")]
     return {
         "LD_LIBRARY_PATH": ":".join(libraries),
-        "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
+        "PATH": f"{python.parent}:{os.environ.get('PATH', '')}",
         "PYTHONPATH": f"{_ROOT / 'protos' / 'python'}:{_ROOT}",
     }

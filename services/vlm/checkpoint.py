@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers.utils import logging
 
 from agentiad.v1.policy_pb2 import PolicyCard
@@ -55,7 +56,9 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cp
     logging.disable_progress_bar()  # it would draw over structured logs
     model = _load_model(path, dtype).to(device).eval()
     card = card_of(path, sha256_of(path))
-    return LoadedPolicy(model, renderer, card, read_vocabulary(renderer, model), torch.device(device))
+    rows = int(model.get_output_embeddings().weight.shape[0])
+    vocabulary = read_vocabulary(renderer, stop_ids(model.generation_config), rows)
+    return LoadedPolicy(model, renderer, card, vocabulary, torch.device(device))
 
 
 def card_of(path: Path, sha256: str) -> PolicyCard:
@@ -95,16 +98,17 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def read_vocabulary(renderer: Renderer, model: Any) -> Vocabulary:
-    """Looks at every token once."""
+def read_vocabulary(renderer: Renderer, stop_ids: Iterable[int], rows: int) -> Vocabulary:
+    """Looks at every token once. `stop_ids`: as the checkpoint's generation settings name them; `rows`: of the output
+    layer.
+    """
     tokenizer = renderer.processor.tokenizer
-    stop_ids = _stop_ids(renderer, model)
+    stops = frozenset([*stop_ids, renderer.end_of_turn_id])
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    rows = int(model.get_output_embeddings().weight.shape[0])
     words = {id: renderer.decode([id]) for id in range(min(rows, len(tokenizer)))}
     return Vocabulary(
-        stop_ids=stop_ids,
-        banned_ids=tuple(sorted((special | set(range(len(tokenizer), rows))) - stop_ids)),
+        stop_ids=stops,
+        banned_ids=tuple(sorted((special | set(range(len(tokenizer), rows))) - stops)),
         true_ids=tuple(id for id, word in words.items() if _begins(word, "true")),
         false_ids=tuple(id for id, word in words.items() if _begins(word, "false")),
         colon_ids=frozenset(id for id, word in words.items() if word.rstrip().endswith(":")),
@@ -112,10 +116,10 @@ def read_vocabulary(renderer: Renderer, model: Any) -> Vocabulary:
     )
 
 
-def _stop_ids(renderer: Renderer, model: Any) -> frozenset[int]:
-    configured = model.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [] if configured is None else [configured]
-    return frozenset([*ids, renderer.end_of_turn_id])
+def stop_ids(generation_config: GenerationConfig) -> list[int]:
+    """The ids that end a turn, by the checkpoint's generation settings."""
+    configured = generation_config.eos_token_id
+    return configured if isinstance(configured, list) else [] if configured is None else [configured]
 
 
 def _begins(token: str, word: str) -> bool:

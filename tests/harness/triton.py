@@ -1,5 +1,6 @@
 """A real Triton (from the wheel nvidia-pytriton) on a free loopback port, with the policy's model repository."""
 
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +15,10 @@ STOP_DEADLINE_S = 30.0
 
 
 @contextmanager
-def triton() -> Iterator[str]:
-    """host:port of its gRPC endpoint."""
+def triton(python: Path = Path(sys.executable)) -> Iterator[str]:
+    """host:port of its gRPC endpoint. `python`: of the environment that its models use."""
     port = free_port()
-    with triton_command(port) as (command, environment), tempfile.TemporaryDirectory() as folder:
+    with triton_command(port, python) as (command, environment), tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.txt"
         process = running(command, log, environment)
         try:

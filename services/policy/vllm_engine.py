@@ -1,0 +1,214 @@
+"""The engine `vllm`: scheduling, paging and prefix caching are vLLM's; ids, pixels and the verdict are ours.
+
+In the engine's thread (`threaded.py`): add → step → step → … → deliver. vLLM runs in this process and never sees a
+picture or a text: it gets the ids of the whole prompt and each image's patches as the checkpoint's own processor makes
+them, under the image's sha256, by which it knows what it has seen before.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# vLLM reads its environment when it is imported. No child processes: Triton's stub can make none.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, BatchFeature, GenerationConfig
+from vllm import EngineArgs, LLMEngine, SamplingParams
+from vllm.inputs.engine import mm_input, tokens_input
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
+from vllm.sampling_params import RequestOutputKind
+
+from agentiad.v1 import trajectory_pb2 as pb
+from services.chassis.errors import BadInput
+from services.policy import sampling as sampler
+from services.policy.prompt import image_digest, make_prompt
+from services.policy.row import asks_for_verdict, verdict_follows
+from services.policy.settings import EngineSettings
+from services.policy.threaded import Outcome, ThreadedEngine
+from services.policy.transformers_engine import forced_ids
+from services.vlm.checkpoint import card_of, read_vocabulary, sha256_of, stop_ids
+from services.vlm.render import ImageChunk, Renderer
+
+# What a sampled token's logit is lowered by when it may not come.
+_NEVER = -100.0
+# Keys and values of the running requests need room even where no prefix is kept.
+_LEAST_KV_MIB = 256
+
+
+@dataclass(eq=False)
+class _Request:
+    prompt: Any
+    params: SamplingParams
+    forced_ids: list[int]
+    deliver: Callable[[Outcome], None]
+    cancelled: bool = False
+    key: str = ""
+    output: Any = field(default=None, repr=False)
+
+
+class VllmEngine(ThreadedEngine[_Request]):
+    """Serves one checkpoint folder. Raises ValueError or OSError when it is none that vLLM can run."""
+
+    def __init__(
+        self, checkpoint: Path, version: str, load_image: Callable[[pb.Image], Image.Image], settings: EngineSettings
+    ) -> None:
+        card = card_of(checkpoint, sha256_of(checkpoint))
+        card.version = version or card.version
+        super().__init__(card, settings.max_batch + settings.max_queue)
+        self._load_image = load_image
+        self._renderer = Renderer.from_checkpoint(checkpoint)
+        config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+        text = config.get_text_config()
+        generation = GenerationConfig.from_pretrained(checkpoint, local_files_only=True)
+        self._vocabulary = read_vocabulary(self._renderer, stop_ids(generation), int(text.vocab_size))
+        self._max_context = min(int(text.max_position_embeddings), settings.max_context or 2**31)
+        self._max_images = settings.max_images
+        self._keys = map(str, itertools.count())
+        self._waiting: list[_Request] = []
+        self._running: dict[str, _Request] = {}
+        self._engine = LLMEngine.from_engine_args(_arguments(checkpoint, settings, self._max_context))
+        self._start()
+
+    def _prepare(
+        self, messages: Sequence[pb.Message], sampling: pb.Sampling, deliver: Callable[[Outcome], None]
+    ) -> _Request:
+        try:
+            sampler.check(sampling)
+            chunks = make_prompt(self._renderer.render(messages)).chunks
+            images = [chunk.image for chunk in chunks if isinstance(chunk, ImageChunk)]
+            if len(images) > self._max_images:
+                raise ValueError(f"{len(images)} images, {self._max_images} is the limit")
+            digests = [image_digest(image).hex() for image in images]
+            pixels = [self._renderer.pixels([self._load_image(image)]) for image in images]
+            grids = torch.cat([each["image_grid_thw"] for each in pixels]) if pixels else torch.empty(0, 3)
+            ids = self._renderer.expand(chunks, grids)
+        except ValueError as error:
+            raise BadInput(str(error)) from error
+        if len(ids) >= self._max_context:
+            raise BadInput(f"the prompt has {len(ids)} tokens or more, {self._max_context} is the limit")
+        if pixels:
+            values = torch.cat([each["pixel_values"] for each in pixels])
+            prompt = mm_input(
+                ids, _items(values, grids), {"image": digests}, {"image": self._placeholders(ids, grids)}
+            )
+        else:
+            prompt = tokens_input(ids)
+        return _Request(prompt, self._params(sampling, len(ids)), forced_ids(chunks), deliver)
+
+    def _serve(self) -> None:
+        while self._receive(self._waiting, block=not self._running and not self._waiting):
+            for request in self._waiting:
+                if not request.cancelled:
+                    request.key = next(self._keys)
+                    self._running[request.key] = request
+                    self._engine.add_request(request.key, request.prompt, request.params)
+            self._waiting.clear()
+            if gone := [key for key, request in self._running.items() if request.cancelled]:
+                self._engine.abort_request(gone)
+                for key in gone:
+                    del self._running[key]
+            for output in self._engine.step():
+                request = self._running.get(output.request_id)
+                if request is not None and output.finished:
+                    del self._running[output.request_id]
+                    request.deliver(self._generation(request, output))
+
+    def _unanswered(self) -> Iterable[_Request]:
+        return [*self._running.values(), *self._waiting]
+
+    def _placeholders(self, ids: Sequence[int], grids: torch.Tensor) -> list[PlaceholderRange]:
+        ranges, position = [], 0
+        for grid in grids:
+            count = self._renderer.image_tokens(grid)
+            position = ids.index(self._renderer.image_token_id, position)
+            ranges.append(PlaceholderRange(offset=position, length=count))
+            position += count
+        return ranges
+
+    def _params(self, sampling: pb.Sampling, prompt_tokens: int) -> SamplingParams:
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p or 1.0,
+            seed=sampling.seed % 2**63,
+            max_tokens=min(sampling.max_new_tokens, self._max_context - prompt_tokens),
+            stop_token_ids=sorted(self._vocabulary.stop_ids),
+            logit_bias=dict.fromkeys(self._vocabulary.banned_ids, _NEVER),
+            logprob_token_ids=[*self._vocabulary.true_ids, *self._vocabulary.false_ids],
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _generation(self, request: _Request, output: Any) -> pb.Generation:
+        completion = output.outputs[0]
+        ids = list(completion.token_ids)
+        stopped = ids[-1] in self._vocabulary.stop_ids
+        distributions = completion.logprobs
+        generation = pb.Generation(
+            token_ids=ids,
+            log_probabilities=[distributions[i][token].logprob for i, token in enumerate(ids)],
+            loss_mask=[True] * len(ids),
+            text=self._renderer.decode(ids[:-1] if stopped else ids),
+            finish_reason=pb.FINISH_REASON_STOP if stopped else pb.FINISH_REASON_LENGTH,
+            policy_version=self.card.version,
+            prompt_tokens=len(output.prompt_token_ids),
+            cached_tokens=output.num_cached_tokens or 0,
+        )
+        place = self._verdict_place(request.forced_ids, ids)
+        if place is not None:
+            true, false = (
+                torch.tensor([distributions[place][id].logprob for id in group]).logsumexp(0)
+                for group in (self._vocabulary.true_ids, self._vocabulary.false_ids)
+            )
+            generation.anomaly_probability = float((true - false).sigmoid())
+        return generation
+
+    def _verdict_place(self, forced: list[int], ids: Sequence[int]) -> int | None:
+        """The last position in `ids` at which the verdict was chosen."""
+        place, said = None, list(forced)
+        asked = bool(said) and asks_for_verdict(self._renderer.decode(said))
+        for position, token in enumerate(ids):
+            if asked:
+                place = position
+            said.append(token)
+            asked = verdict_follows(asked, said, self._vocabulary, self._renderer.decode)
+        return place
+
+
+def _items(values: torch.Tensor, grids: torch.Tensor) -> MultiModalKwargsItems[Any]:
+    """One item an image, from the patches [patches, patch size] of all and their grids int64 [images, 3]."""
+    fields = {
+        "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", grids.prod(-1)),
+        "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+    }
+    return MultiModalKwargsItems.from_hf_inputs(
+        BatchFeature({"pixel_values": values, "image_grid_thw": grids}), fields
+    )
+
+
+def _arguments(checkpoint: Path, settings: EngineSettings, max_context: int) -> EngineArgs:
+    on_cpu = settings.device == "cpu"
+    return EngineArgs(
+        model=str(checkpoint),
+        dtype=settings.dtype,
+        max_model_len=max_context,
+        max_num_seqs=settings.max_batch,
+        tensor_parallel_size=settings.tensor_parallel,
+        gpu_memory_utilization=settings.gpu_memory_share,
+        # Left to itself vLLM takes most of the machine's memory; a GPU is its own.
+        kv_cache_memory_bytes=max(settings.prefix_cache_mib, _LEAST_KV_MIB) * 2**20 if on_cpu else None,
+        enable_prefix_caching=settings.prefix_cache_mib > 0,
+        limit_mm_per_prompt={"image": settings.max_images, "video": 0},
+        enforce_eager=on_cpu,
+        # Sampling is what the request says, never what a checkpoint's generation settings say.
+        generation_config="vllm",
+        disable_log_stats=True,
+        seed=0,
+    )
