@@ -18,6 +18,7 @@ from services.vlm.checkpoint import Vocabulary
 # The text after which the next word is the verdict.
 _VERDICT = re.compile(r'"anomaly_present"\s*:\s*$')
 
+
 @dataclass(eq=False)
 class Row:
     """Waiting: prompt and wishes are set. Joined: it owns a slot of the batch, and grows by one id a step."""

@@ -25,6 +25,7 @@ class EngineSettings(ImageSettings):
     max_context: int = Field(default=0, ge=0)  # tokens of prompt and reply together; 0: the model's own limit
     prefix_cache_mib: int = Field(default=512, ge=0)  # keys and values of earlier turns; 0: none
     max_images: int = Field(default=12, ge=1)  # in one prompt; vllm only
+    image_cache_mib: int = Field(default=256, ge=0)  # preprocessed images of earlier turns; vllm only
     tensor_parallel: int = Field(default=1, ge=1)  # GPUs that share one model; vllm only
     gpu_memory_share: float = Field(default=0.9, gt=0, le=1)  # of a GPU, for weights, keys and values; vllm only
 

@@ -8,7 +8,10 @@ them, under the image's sha256, by which it knows what it has seen before.
 from __future__ import annotations
 
 import itertools
+import math
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +32,7 @@ from vllm.sampling_params import RequestOutputKind
 from agentiad.v1 import trajectory_pb2 as pb
 from services.chassis.errors import BadInput
 from services.policy import sampling as sampler
-from services.policy.prompt import image_digest, make_prompt
+from services.policy.prompt import Pixels, image_digest, make_prompt
 from services.policy.row import asks_for_verdict, verdict_follows
 from services.policy.settings import EngineSettings
 from services.policy.threaded import Outcome, ThreadedEngine
@@ -37,8 +40,8 @@ from services.policy.transformers_engine import forced_ids
 from services.vlm.checkpoint import card_of, read_vocabulary, sha256_of, stop_ids
 from services.vlm.render import ImageChunk, Renderer
 
-# What a sampled token's logit is lowered by when it may not come.
-_NEVER = -100.0
+# Tokens in a block of the CPU's keys and values, the least that its kernels take; a prefix is found by whole blocks.
+CPU_BLOCK = 32
 # Keys and values of the running requests need room even where no prefix is kept.
 _LEAST_KV_MIB = 256
 
@@ -71,6 +74,7 @@ class VllmEngine(ThreadedEngine[_Request]):
         self._vocabulary = read_vocabulary(self._renderer, stop_ids(generation), int(text.vocab_size))
         self._max_context = min(int(text.max_position_embeddings), settings.max_context or 2**31)
         self._max_images = settings.max_images
+        self._pixels = _PixelCache(settings.image_cache_mib * 2**20)
         self._keys = map(str, itertools.count())
         self._waiting: list[_Request] = []
         self._running: dict[str, _Request] = {}
@@ -87,21 +91,29 @@ class VllmEngine(ThreadedEngine[_Request]):
             if len(images) > self._max_images:
                 raise ValueError(f"{len(images)} images, {self._max_images} is the limit")
             digests = [image_digest(image).hex() for image in images]
-            pixels = [self._renderer.pixels([self._load_image(image)]) for image in images]
-            grids = torch.cat([each["image_grid_thw"] for each in pixels]) if pixels else torch.empty(0, 3)
+            pixels = [self._read(image, digest) for image, digest in zip(images, digests, strict=True)]
+            grids = torch.cat([each.grid for each in pixels]) if pixels else torch.empty(0, 3)
             ids = self._renderer.expand(chunks, grids)
         except ValueError as error:
             raise BadInput(str(error)) from error
         if len(ids) >= self._max_context:
             raise BadInput(f"the prompt has {len(ids)} tokens or more, {self._max_context} is the limit")
         if pixels:
-            values = torch.cat([each["pixel_values"] for each in pixels])
+            values = torch.cat([each.values for each in pixels])
             prompt = mm_input(
                 ids, _items(values, grids), {"image": digests}, {"image": self._placeholders(ids, grids)}
             )
         else:
             prompt = tokens_input(ids)
         return _Request(prompt, self._params(sampling, len(ids)), forced_ids(chunks), deliver)
+
+    def _read(self, image: pb.Image, digest: str) -> Pixels:
+        found = self._pixels.get(digest)
+        if found is None:
+            batch = self._renderer.pixels([self._load_image(image)])
+            found = Pixels(batch["pixel_values"], batch["image_grid_thw"])
+            self._pixels.put(digest, found)
+        return found
 
     def _serve(self) -> None:
         while self._receive(self._waiting, block=not self._running and not self._waiting):
@@ -140,7 +152,7 @@ class VllmEngine(ThreadedEngine[_Request]):
             seed=sampling.seed % 2**63,
             max_tokens=min(sampling.max_new_tokens, self._max_context - prompt_tokens),
             stop_token_ids=sorted(self._vocabulary.stop_ids),
-            logit_bias=dict.fromkeys(self._vocabulary.banned_ids, _NEVER),
+            logit_bias=dict.fromkeys(self._vocabulary.banned_ids, -math.inf),
             logprob_token_ids=[*self._vocabulary.true_ids, *self._vocabulary.false_ids],
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -182,6 +194,29 @@ class VllmEngine(ThreadedEngine[_Request]):
         return place
 
 
+class _PixelCache:
+    """The preprocessed images that were used last, by digest, in at most `limit` bytes. Safe for threads."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._size = limit, 0
+        self._kept: OrderedDict[str, Pixels] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, digest: str) -> Pixels | None:
+        with self._lock:
+            if digest in self._kept:
+                self._kept.move_to_end(digest)
+            return self._kept.get(digest)
+
+    def put(self, digest: str, pixels: Pixels) -> None:
+        with self._lock:
+            if digest not in self._kept:
+                self._kept[digest] = pixels
+                self._size += pixels.values.nbytes
+            while self._size > self._limit:
+                self._size -= self._kept.popitem(last=False)[1].values.nbytes
+
+
 def _items(values: torch.Tensor, grids: torch.Tensor) -> MultiModalKwargsItems[Any]:
     """One item an image, from the patches [patches, patch size] of all and their grids int64 [images, 3]."""
     fields = {
@@ -204,8 +239,11 @@ def _arguments(checkpoint: Path, settings: EngineSettings, max_context: int) -> 
         gpu_memory_utilization=settings.gpu_memory_share,
         # Left to itself vLLM takes most of the machine's memory; a GPU is its own.
         kv_cache_memory_bytes=max(settings.prefix_cache_mib, _LEAST_KV_MIB) * 2**20 if on_cpu else None,
+        block_size=CPU_BLOCK if on_cpu else None,
         enable_prefix_caching=settings.prefix_cache_mib > 0,
         limit_mm_per_prompt={"image": settings.max_images, "video": 0},
+        # The processor has done it: vLLM would normalise a second time, within the model.
+        mm_device_do_normalize=False,
         enforce_eager=on_cpu,
         # Sampling is what the request says, never what a checkpoint's generation settings say.
         generation_config="vllm",

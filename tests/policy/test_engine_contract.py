@@ -89,9 +89,9 @@ async def test_prefixes_are_reused_and_change_nothing(site: Site) -> None:
         assert one.prompt_tokens == other.prompt_tokens
         assert other.cached_tokens == 0
     # All of the first turn but its last token, which was chosen and never read.
-    assert reused[1].cached_tokens == reused[0].prompt_tokens + len(reused[0].token_ids) - 1
+    assert reused[1].cached_tokens == site.cached(reused[0].prompt_tokens + len(reused[0].token_ids) - 1) > 0
     again = await site.engine.generate(messages, GREEDY)
-    assert again.cached_tokens == again.prompt_tokens - 1
+    assert again.cached_tokens == site.cached(again.prompt_tokens - 1)
     assert_same(again, reused[1])
 
 
@@ -102,7 +102,7 @@ async def test_an_image_in_a_stored_prefix_is_not_read_again(site: Site) -> None
     (site.pictures / "once.png").unlink()
     longer = [*messages, assistant(first.token_ids), user("Sure?")]
     second = await site.engine.generate(longer, GREEDY)
-    assert second.cached_tokens > first.prompt_tokens
+    assert second.cached_tokens == site.cached(first.prompt_tokens + len(first.token_ids) - 1)
     with pytest.raises(NotFound):
         await site.strict.generate(longer, GREEDY)
 
@@ -110,7 +110,7 @@ async def test_an_image_in_a_stored_prefix_is_not_read_again(site: Site) -> None
 async def test_a_group_with_one_prompt_reads_it_once(site: Site) -> None:
     wishes = [pb.Sampling(temperature=1, max_new_tokens=8, seed=seed) for seed in range(8)]
     group = await asyncio.gather(*(site.engine.generate(opening(40), wish) for wish in wishes))
-    assert sum(generation.cached_tokens == generation.prompt_tokens - 1 for generation in group) == 7
+    assert sum(g.cached_tokens == site.cached(g.prompt_tokens - 1) for g in group) == 7
     assert len({tuple(generation.token_ids) for generation in group}) > 1
 
 
@@ -125,13 +125,13 @@ async def test_a_seed_repeats_alone_and_in_company(site: Site) -> None:
 
 
 async def test_banned_tokens_never_come(site: Site) -> None:
-    hot = pb.Sampling(temperature=50, max_new_tokens=300, seed=1)
+    hot = pb.Sampling(temperature=2, max_new_tokens=300, seed=1)
     generation = await site.engine.generate([user("hello")], hot)
     assert not set(generation.token_ids) & set(site.reference.vocabulary.banned_ids)
 
 
 async def test_a_turn_ends_at_a_stop_token(site: Site) -> None:
-    hot = pb.Sampling(temperature=50, max_new_tokens=590)
+    hot = pb.Sampling(temperature=2, max_new_tokens=590)
     generations = []
     for hot.seed in range(1, 9):
         generations.append(await site.engine.generate([user("hello")], hot))
@@ -182,6 +182,7 @@ BAD = {
     "no new tokens": ([user("?")], pb.Sampling()),
     "a negative temperature": ([user("?")], pb.Sampling(temperature=-1, max_new_tokens=1)),
     "a temperature that is no number": ([user("?")], pb.Sampling(temperature=math.nan, max_new_tokens=1)),
+    "a temperature above two": ([user("?")], pb.Sampling(temperature=2.5, max_new_tokens=1)),
     "top_p above one": ([user("?")], pb.Sampling(top_p=1.5, max_new_tokens=1)),
 }
 
@@ -226,20 +227,20 @@ async def test_a_deadline_ends_a_request_and_frees_its_place(site: Site) -> None
 
 
 async def test_requests_join_and_leave(site: Site) -> None:
-    """Forty requests of different lengths that come one after the other, while others are cancelled."""
-    wishes = [pb.Sampling(temperature=1, max_new_tokens=1 + 7 * (i % 9), seed=i) for i in range(40)]
+    """64 requests of different lengths that come one after the other, while others are cancelled."""
+    wishes = [pb.Sampling(temperature=1, max_new_tokens=1 + 7 * (i % 9), seed=i) for i in range(64)]
 
     async def one(index: int) -> pb.Generation:
         await asyncio.sleep(0.002 * index)
         return await site.engine.generate(opening(index % 5), wishes[index])
 
-    tasks = [asyncio.create_task(one(index)) for index in range(40)]
+    tasks = [asyncio.create_task(one(index)) for index in range(64)]
     await asyncio.sleep(0.05)
     for task in tasks[3::10]:
         task.cancel()
     results = await asyncio.gather(*tasks, return_exceptions=True)
-    kept: Sequence[int] = [i for i in range(40) if isinstance(results[i], pb.Generation)]
-    assert len(kept) >= 36
+    kept: Sequence[int] = [i for i in range(64) if isinstance(results[i], pb.Generation)]
+    assert len(kept) >= 57
     for index in kept[::6]:
         alone = await site.engine.generate(opening(index % 5), wishes[index])
         result = results[index]
