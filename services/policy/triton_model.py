@@ -47,7 +47,9 @@ class PolicyModel:
     def accept(self, requests: Sequence[Any]) -> None:
         """Called by Triton."""
         for request in requests:
-            body = backend.get_input_tensor_by_name(request, "REQUEST").as_numpy().tobytes()
+            # DLPack both ways: with numpy 2 in the stub's environment, its own conversions give wrong bytes.
+            tensor = torch.from_dlpack(backend.get_input_tensor_by_name(request, "REQUEST").to_dlpack())
+            body = tensor.numpy().tobytes()
             operation = json.loads(request.parameters()).get("operation", "generate")
             sender = request.get_response_sender()
             self._loop.call_soon_threadsafe(self._start, request.request_id(), operation, body, sender)
@@ -99,7 +101,6 @@ class PolicyModel:
 
 
 def _send(sender: Any, code: grpc.StatusCode, body: bytes) -> None:
-    # Through DLPack: with numpy 2 in the stub's environment, tensors made from numpy arrive empty.
     status = torch.tensor([code.value[0]], dtype=torch.int32)
     content = torch.frombuffer(bytearray(body), dtype=torch.uint8)
     tensors = [backend.Tensor.from_dlpack("STATUS", status), backend.Tensor.from_dlpack("RESPONSE", content)]

@@ -17,7 +17,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 _REPOSITORY = Path(__file__).parent / "model_repository"
-_ROOT = Path(__file__).parents[2]
 
 
 class TritonMissingError(Exception):
@@ -74,5 +73,4 @@ def _environment(wheel: Path, python: Path) -> dict[str, str]:
     return {
         "LD_LIBRARY_PATH": ":".join(libraries),
         "PATH": f"{python.parent}:{os.environ.get('PATH', '')}",
-        "PYTHONPATH": f"{_ROOT / 'protos' / 'python'}:{_ROOT}",
     }

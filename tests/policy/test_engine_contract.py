@@ -131,10 +131,8 @@ async def test_banned_tokens_never_come(site: Site) -> None:
 
 
 async def test_a_turn_ends_at_a_stop_token(site: Site) -> None:
-    hot = pb.Sampling(temperature=2, max_new_tokens=590)
-    generations = []
-    for hot.seed in range(1, 9):
-        generations.append(await site.engine.generate([user("hello")], hot))
+    wishes = [pb.Sampling(temperature=2, max_new_tokens=590, seed=seed) for seed in range(1, 9)]
+    generations = await asyncio.gather(*(site.engine.generate([user("hello")], wish) for wish in wishes))
     stopped = [g for g in generations if g.finish_reason == pb.FINISH_REASON_STOP]
     assert stopped
     for generation in generations:
