@@ -30,11 +30,15 @@ Outcome = pb.Generation | Exception
 
 
 class Job(Protocol):
-    """One request. `deliver` may be called from any thread; what comes after the first outcome is ignored."""
+    """One request."""
 
-    deliver: Callable[[Outcome], None]
     # Set by the front when nobody waits any more; a bool is written atomically.
     cancelled: bool
+
+    @property
+    def deliver(self) -> Callable[[Outcome], None]:
+        """May be called from any thread; what comes after the first outcome is ignored."""
+        ...
 
 
 J = TypeVar("J", bound=Job)
@@ -53,9 +57,7 @@ class ThreadedEngine(ABC, Generic[J]):
         self._thread = threading.Thread(target=self._run, name="policy-engine", daemon=True)
 
     @abstractmethod
-    def _prepare(
-        self, messages: Sequence[pb.Message], sampling: pb.Sampling, deliver: Callable[[Outcome], None]
-    ) -> J:
+    def _prepare(self, messages: Sequence[pb.Message], sampling: pb.Sampling, deliver: Callable[[Outcome], None]) -> J:
         """Everything that needs no model; called in threads. Raises BadInput or NotFound."""
 
     @abstractmethod
@@ -65,6 +67,9 @@ class ThreadedEngine(ABC, Generic[J]):
     @abstractmethod
     def _unanswered(self) -> Iterable[J]:
         """The jobs received and not delivered when serving ended."""
+
+    def _release(self) -> None:
+        """Gives back what outlives the thread."""
 
     async def generate(
         self, messages: Sequence[pb.Message], sampling: pb.Sampling, deadline: float | None = None
@@ -86,6 +91,7 @@ class ThreadedEngine(ABC, Generic[J]):
         self._arrivals.put(None)
         await asyncio.to_thread(self._thread.join)
         self._preparers.shutdown(wait=False)  # what it still prepares finds the engine closed
+        await asyncio.to_thread(self._release)
 
     def _start(self) -> None:
         self._thread.start()

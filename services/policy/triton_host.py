@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import re
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import grpc
 from google.protobuf import json_format, text_format
@@ -24,9 +21,10 @@ from tritonclient.grpc import service_pb2 as triton
 from agentiad.v1 import policy_pb2
 from agentiad.v1 import trajectory_pb2 as pb
 from agentiad.v1.policy_pb2 import PolicyCard
-from services.chassis.errors import BadInput, Exhausted, NotFound, Transient
+from services.chassis.errors import BadInput, Transient
 from services.chassis.rpc import MAX_MESSAGE_BYTES
 from services.policy.settings import EngineSettings
+from services.policy.triton_stream import ModelGoneError, Stream
 from services.vlm.checkpoint import sha256_of
 
 _MODEL = Path(__file__).parent / "model_repository" / "agentiad_policy"
@@ -48,15 +46,10 @@ _OPTIONS = [
 _ANSWER_S = 30.0
 # Weights of 100 GB from a network's disk take ten minutes.
 _LOAD_S = 900.0
+# Triton calls a model ready whose process is dead, and says nothing to those who wait for it: somebody must ask.
+_PROBE_S = 2.0
 # The requests under way end first; the stub that holds torch takes seconds to go.
 _UNLOAD_S = 30.0
-# As the model's 1/model.py writes them.
-_ERRORS: dict[int, type[Exception]] = {
-    grpc.StatusCode.INVALID_ARGUMENT.value[0]: BadInput,
-    grpc.StatusCode.NOT_FOUND.value[0]: NotFound,
-    grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]: Exhausted,
-    grpc.StatusCode.UNAVAILABLE.value[0]: Transient,
-}
 
 
 class TritonHost:
@@ -130,14 +123,17 @@ class TritonHost:
 
 
 class TritonEngine:
-    """One policy version in Triton. Made by TritonHost.open."""
+    """One policy version in Triton. Made by TritonHost.open. A model whose process died is loaded anew."""
 
     def __init__(self, host: TritonHost, model: str, checkpoint: Path, version: str) -> None:
         self.card = PolicyCard()
         self._host, self._model, self._checkpoint, self._version = host, model, checkpoint, version
         # The stream on which the model was last seen loaded.
         self._seen_on: Stream | None = None
+        self._dead = False
         self._loading = asyncio.Lock()
+        self._under_way = 0
+        self._probing: asyncio.Task[None] | None = None
 
     async def describe(self) -> None:
         """Reads the card. Raises Transient: Triton is gone or silent."""
@@ -154,118 +150,65 @@ class TritonEngine:
         """See services.policy.engine.Engine."""
         request = policy_pb2.GenerateRequest(messages=messages, sampling=sampling)
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        self._under_way += 1
+        if self._probing is None:
+            self._probing = asyncio.get_running_loop().create_task(self._probe())
         try:
             async with asyncio.timeout(left):
                 answer = await self._call(request.SerializeToString(), operation="generate")
         except TimeoutError as error:
             raise Transient("the deadline has passed") from error
+        finally:
+            self._under_way -= 1
         return policy_pb2.GenerateResponse.FromString(answer).generation
 
     async def close(self) -> None:
         """See services.policy.engine.Engine."""
+        if self._probing is not None:
+            self._probing.cancel()
         await self._host.unload(self._model)
 
     async def _call(self, body: bytes, operation: str) -> bytes:
-        stream = self._host.stream()
-        if self._seen_on is not stream:
-            async with self._loading:
-                if self._seen_on is not stream:
-                    if not await self._host.is_loaded(self._model):
-                        await self._host.load(self._model, self._checkpoint, self._version)
-                    self._seen_on = stream
+        stream = await self._ready()
         try:
             return await stream.call(self._model, body, operation)
         except ModelGoneError as error:
-            self._seen_on = None
+            self._dead = True
             raise Transient(str(error)) from error
 
+    async def _ready(self) -> Stream:
+        """The stream, with the model loaded behind it."""
+        stream = self._host.stream()
+        if self._dead or self._seen_on is not stream:
+            async with self._loading:
+                if self._dead:  # a load alone would wait for the dead process's requests
+                    await self._host.unload(self._model)
+                if self._dead or (self._seen_on is not stream and not await self._host.is_loaded(self._model)):
+                    await self._host.load(self._model, self._checkpoint, self._version)
+                self._dead, self._seen_on = False, stream
+        return stream
 
-class ModelGoneError(Exception):
-    """Triton could not run the model."""
-
-
-class Stream:
-    """One bidirectional ModelStreamInfer call; answers find their requests by id."""
-
-    def __init__(self, stub: Any) -> None:
-        self.broken = False
-        # Unique among all clients of this Triton: the model finds the request to cancel by it.
-        self._ids = map(f"{uuid.uuid4().hex}-{{}}".format, itertools.count())
-        self._waiting: dict[str, asyncio.Future[bytes]] = {}
-        self._outbox: asyncio.Queue[triton.ModelInferRequest] = asyncio.Queue()
-        self._rpc = stub.ModelStreamInfer(self._requests())
-        self._reader = asyncio.get_running_loop().create_task(self._read())
-
-    async def call(self, model: str, body: bytes, operation: str) -> bytes:
-        """The serialized answer. When the awaiting task is cancelled, the model is told so.
-
-        Raises Transient: the stream broke, before the call or during it.
-        """
-        if self.broken:  # nobody would read the answer
-            raise Transient("the stream to Triton is broken")
-        key = next(self._ids)
-        answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._waiting[key] = answer
-        self._outbox.put_nowait(_request(model, key, body, operation))
-        try:
-            return await answer
-        except asyncio.CancelledError:
-            if not self.broken:
-                self._outbox.put_nowait(_request(model, next(self._ids), key.encode(), "cancel"))
-            raise
-        finally:
-            self._waiting.pop(key, None)
-
-    async def close(self) -> None:
-        """Ends the call."""
-        self._rpc.cancel()
-        await asyncio.wait([self._reader])
-
-    async def _requests(self) -> Any:
-        while True:
-            yield await self._outbox.get()
-
-    async def _read(self) -> None:
-        try:
-            async for message in self._rpc:
-                self._answer(message)
-            error = "Triton closed the stream"
-        except (grpc.aio.AioRpcError, asyncio.CancelledError) as failure:
-            error = f"the stream to Triton broke: {failure}"
-        self.broken = True
-        for answer in self._waiting.values():
-            if not answer.done():
-                answer.set_exception(Transient(error))
-
-    def _answer(self, message: Any) -> None:
-        response = message.infer_response
-        answer = self._waiting.get(response.id)
-        if answer is None or answer.done():  # cancelled meanwhile
-            return
-        if message.error_message:
-            answer.set_exception(ModelGoneError(message.error_message))
-            return
-        tensors = {
-            output.name: content for output, content in zip(response.outputs, response.raw_output_contents, strict=True)
-        }
-        code, body = int.from_bytes(tensors["STATUS"], "little"), tensors["RESPONSE"]
-        if code == 0:
-            answer.set_result(body)
-        else:
-            kind = _ERRORS.get(code, RuntimeError)
-            answer.set_exception(kind(body.decode("utf-8", "replace")))
+    async def _probe(self) -> None:
+        """While requests are under way: asks whether the model lives, and fails them if it does not."""
+        while self._under_way:
+            await asyncio.sleep(_PROBE_S)
+            stream = self._host.stream()
+            if self._dead or self._seen_on is not stream:  # being loaded, or the stream has told them
+                continue
+            try:
+                async with asyncio.timeout(_ANSWER_S):
+                    await stream.call(self._model, b"", "describe")
+            except (ModelGoneError, TimeoutError) as error:
+                self._dead = True
+                stream.fail(self._model, Transient(f"the model's process is gone: {error}"))
+            except Transient:  # the stream broke: all heard of it
+                pass
+        self._probing = None
 
 
 def model_name(version: str) -> str:
     """A Triton model name for a policy version."""
     return "agentiad_policy." + re.sub(r"[^A-Za-z0-9_.-]", lambda match: f"~{ord(match[0]):x}", version)
-
-
-def _request(model: str, key: str, body: bytes, operation: str) -> triton.ModelInferRequest:
-    request = triton.ModelInferRequest(model_name=model, id=key, raw_input_contents=[body or b"\0"])
-    request.inputs.add(name="REQUEST", datatype="UINT8", shape=[len(body or b"\0")])
-    request.parameters["operation"].string_param = operation
-    return request
 
 
 def _parameters(settings: EngineSettings) -> dict[str, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 from collections.abc import Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from typing import Any
 
 import grpc
 import torch
+import torch.utils.dlpack
 import triton_python_backend_utils as backend
 
 from agentiad.v1 import policy_pb2
@@ -26,6 +28,8 @@ from services.chassis.statuses import to_status
 from services.policy.hosts import make_engine
 from services.policy.settings import EngineSettings
 
+# Triton's stub is a process of its own already, and cannot start others: its interpreter is no program.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 # How often requests whose client vanished are looked for. A client that cancels says so at once.
 _VANISHED_S = 0.5
 
@@ -39,6 +43,7 @@ class PolicyModel:
         self._engine = make_engine(EngineSettings.model_validate(parameters), checkpoint, version)
         # The requests under way, by their ids; touched by the loop's thread alone.
         self._tasks: dict[str, tuple[asyncio.Task[bytes], Any]] = {}
+        self._broken = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="policy-loop", daemon=True)
         self._thread.start()
@@ -48,7 +53,7 @@ class PolicyModel:
         """Called by Triton."""
         for request in requests:
             # DLPack both ways: with numpy 2 in the stub's environment, its own conversions give wrong bytes.
-            tensor = torch.from_dlpack(backend.get_input_tensor_by_name(request, "REQUEST").to_dlpack())
+            tensor = torch.utils.dlpack.from_dlpack(backend.get_input_tensor_by_name(request, "REQUEST").to_dlpack())
             body = tensor.numpy().tobytes()
             operation = json.loads(request.parameters()).get("operation", "generate")
             sender = request.get_response_sender()
@@ -89,8 +94,13 @@ class PolicyModel:
             _send(sender, grpc.StatusCode.OK, task.result())
             return
         known = to_status(error) if isinstance(error, Exception) else None
-        code, details = known or (grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+        code, details = known or (grpc.StatusCode.UNAVAILABLE, f"the engine has failed: {error!r}")
         _send(sender, code, details.encode())
+        # Whatever is none of the documented errors has broken the engine. All who wait hear of it; then this process
+        # ends, so that Triton refuses the next request and the policy service loads the model anew.
+        self._broken = self._broken or known is None
+        if self._broken and not self._tasks:
+            os._exit(1)
 
     async def _watch(self) -> None:
         while True:

@@ -1,9 +1,10 @@
 """The loaded policy versions, and which of them new requests meet.
 
-    load ──▶ warming ──▶ current ──(a newer one takes over)──▶ retired ──(last request ended, idle)──▶ closed
+    room ──▶ load ──▶ warming ──▶ current ──(a newer one takes over)──▶ retired ──(last request ended, idle)──▶ closed
 
-Invariants: a version takes over only after it answered a warm-up request; a load that fails changes nothing; a request
-ends on the version that it began with; loads happen one after the other.
+Invariants: a version takes over only after it answered a warm-up request; a load that fails leaves the current version;
+a request ends on the version that it began with; loads happen one after the other; no more than `kept` are in memory
+(two while a load replaces the only one).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import asyncio
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -30,6 +31,7 @@ class _Version:
     engine: Engine
     sha256: str
     under_way: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
     # The timer that closes it once it was idle for long enough; only retired versions have one.
     closing: asyncio.TimerHandle | None = None
 
@@ -76,6 +78,7 @@ class Versions:
         if entry is None:
             raise NotFound(f"policy version {version!r} is not loaded")
         entry.under_way += 1
+        entry.idle.clear()
         entry.stop_timer()
         try:
             return await entry.engine.generate(messages, sampling, deadline)
@@ -87,6 +90,8 @@ class Versions:
             raise
         finally:
             entry.under_way -= 1
+            if not entry.under_way:
+                entry.idle.set()
             self._close_unused()
 
     async def load(self, checkpoint: Path, *, sha256: str = "", version: str = "") -> PolicyCard:
@@ -102,6 +107,7 @@ class Versions:
             name = version or _card(checkpoint, found).version
             loaded = self._versions.get(name)
             if loaded is None:
+                await self._make_room()
                 loaded = _Version(await self._open(checkpoint, name), found)
             elif loaded.sha256 != found:
                 raise BadInput(f"policy version {name!r} is loaded already with other weights")
@@ -114,6 +120,16 @@ class Versions:
             self._close(name)
         await asyncio.gather(*self._closing)
         await self._host.close()
+
+    async def _make_room(self) -> None:
+        """For one more: two of a large model's versions may be all that a GPU holds."""
+        while len(self._versions) >= max(self._kept, 2):
+            name, oldest = next(iter(self._versions.items()))
+            del self._versions[name]  # its requests end; episodes that come with another turn begin anew
+            if oldest.under_way:
+                await oldest.idle.wait()
+            self._close_engine(name, oldest)
+        await asyncio.gather(*self._closing)
 
     def _current(self) -> _Version:
         if not self._versions:
@@ -150,7 +166,9 @@ class Versions:
                 entry.closing = loop.call_later(self._idle_s, self._close, name)
 
     def _close(self, name: str) -> None:
-        entry = self._versions.pop(name)
+        self._close_engine(name, self._versions.pop(name))
+
+    def _close_engine(self, name: str, entry: _Version) -> None:
         entry.stop_timer()
         telemetry.log.info("policy version closed", version=name)
         task = asyncio.get_running_loop().create_task(entry.engine.close())

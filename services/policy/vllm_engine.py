@@ -1,7 +1,7 @@
 """The engine `vllm`: scheduling, paging and prefix caching are vLLM's; ids, pixels and the verdict are ours.
 
-In the engine's thread (`threaded.py`): add → step → step → … → deliver. vLLM runs in this process and never sees a
-picture or a text: it gets the ids of the whole prompt and each image's patches as the checkpoint's own processor makes
+In the engine's thread (`threaded.py`): add → step → step → … → deliver. vLLM runs the model in a process of its own
+(in Triton, in the stub, which is one) and never sees a picture or a text: it gets the ids of the whole prompt and each image's patches as the checkpoint's own processor makes
 them, under the image's sha256, by which it knows what it has seen before.
 """
 
@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# vLLM reads its environment when it is imported. No child processes: Triton's stub can make none.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+# vLLM reads its environment when it is imported.
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 import torch
@@ -100,9 +99,7 @@ class VllmEngine(ThreadedEngine[_Request]):
             raise BadInput(f"the prompt has {len(ids)} tokens or more, {self._max_context} is the limit")
         if pixels:
             values = torch.cat([each.values for each in pixels])
-            prompt = mm_input(
-                ids, _items(values, grids), {"image": digests}, {"image": self._placeholders(ids, grids)}
-            )
+            prompt = mm_input(ids, _items(values, grids), {"image": digests}, {"image": self._placeholders(ids, grids)})
         else:
             prompt = tokens_input(ids)
         return _Request(prompt, self._params(sampling, len(ids)), forced_ids(chunks), deliver)
@@ -117,12 +114,8 @@ class VllmEngine(ThreadedEngine[_Request]):
 
     def _serve(self) -> None:
         while self._receive(self._waiting, block=not self._running and not self._waiting):
-            for request in self._waiting:
-                if not request.cancelled:
-                    request.key = next(self._keys)
-                    self._running[request.key] = request
-                    self._engine.add_request(request.key, request.prompt, request.params)
-            self._waiting.clear()
+            while self._waiting:
+                self._add(self._waiting.pop(0))
             if gone := [key for key, request in self._running.items() if request.cancelled]:
                 self._engine.abort_request(gone)
                 for key in gone:
@@ -133,8 +126,22 @@ class VllmEngine(ThreadedEngine[_Request]):
                     del self._running[output.request_id]
                     request.deliver(self._generation(request, output))
 
+    def _add(self, request: _Request) -> None:
+        if request.cancelled:
+            return
+        request.key = next(self._keys)
+        try:
+            self._engine.add_request(request.key, request.prompt, request.params)
+        except ValueError as error:  # a limit of vLLM's own
+            request.deliver(BadInput(str(error)))
+        else:
+            self._running[request.key] = request
+
     def _unanswered(self) -> Iterable[_Request]:
         return [*self._running.values(), *self._waiting]
+
+    def _release(self) -> None:
+        self._engine.engine_core.shutdown()
 
     def _placeholders(self, ids: Sequence[int], grids: torch.Tensor) -> list[PlaceholderRange]:
         ranges, position = [], 0
@@ -223,9 +230,7 @@ def _items(values: torch.Tensor, grids: torch.Tensor) -> MultiModalKwargsItems[A
         "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", grids.prod(-1)),
         "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
     }
-    return MultiModalKwargsItems.from_hf_inputs(
-        BatchFeature({"pixel_values": values, "image_grid_thw": grids}), fields
-    )
+    return MultiModalKwargsItems.from_hf_inputs(BatchFeature({"pixel_values": values, "image_grid_thw": grids}), fields)
 
 
 def _arguments(checkpoint: Path, settings: EngineSettings, max_context: int) -> EngineArgs:

@@ -55,7 +55,9 @@ def tiny_checkpoint(tiny_checkpoints: dict[str, Path]) -> Path:
     scope="session",
     loop_scope="session",
     params=[
-        pytest.param((architecture, host), id=f"{ENGINE}-{architecture}-{host}", marks=[pytest.mark.triton] * (host == "triton"))
+        pytest.param(
+            (architecture, host), id=f"{ENGINE}-{architecture}-{host}", marks=[pytest.mark.triton] * (host == "triton")
+        )
         for architecture in ARCHITECTURES
         for host in ("in_process", "triton")
     ],
@@ -66,9 +68,7 @@ async def site(
     architecture, host_name = request.param
     path, pictures = tiny_checkpoints[architecture], tmp_path_factory.mktemp("pictures")
     settings = EngineSettings(image_roots=(str(pictures),), torch_threads=1, max_context=600, engine=ENGINE)
-    strict = settings.model_copy(
-        update={"max_batch": 1, "max_queue": 1, "prefix_cache_mib": 0, "image_cache_mib": 0}
-    )
+    strict = settings.model_copy(update={"max_batch": 1, "max_queue": 1, "prefix_cache_mib": 0, "image_cache_mib": 0})
 
     def make_host(settings: EngineSettings) -> InProcessHost | TritonHost:
         if host_name == "triton":

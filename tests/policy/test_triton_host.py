@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import shutil
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from agentiad.v1 import trajectory_pb2 as pb
 from services.chassis.errors import BadInput, Exhausted, Transient
@@ -107,3 +112,54 @@ async def test_a_triton_that_was_killed_is_found_again(tiny_checkpoint: Path, tm
         await host.close()
         process.terminate()
         process.wait(30)
+
+
+async def test_a_model_whose_process_was_killed_is_loaded_anew(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    port = free_port()
+    host = TritonHost(f"127.0.0.1:{port}", EngineSettings(torch_threads=1))
+    with triton_command(port) as (command, environment):
+        process = running(command, tmp_path / "log", environment)
+        wait_for_port(port, process, tmp_path / "log", 60)
+        engine = await host.open(tiny_checkpoint, "killed")
+        before = await engine.generate(opening(), GREEDY)
+        under_way = [asyncio.create_task(engine.generate(opening(seed), LONG)) for seed in (1, 2)]
+        await engine.generate(opening(3), pb.Sampling(max_new_tokens=1))
+        kill_stub(process.pid)
+        for request in under_way:
+            with pytest.raises(Transient):
+                await request
+        after = await engine.generate(opening(), GREEDY)
+        assert after.token_ids == before.token_ids
+        await engine.close()
+        await host.close()
+        process.terminate()
+        process.wait(30)
+
+
+async def test_a_model_whose_engine_breaks_is_loaded_anew(triton: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    # A token that the tokenizer knows and the embedding lacks.
+    torn = Path(shutil.copytree(tiny_checkpoint, tmp_path / "torn"))
+    tokenizer = AutoTokenizer.from_pretrained(torn)
+    tokenizer.add_tokens([f"<extra {number}>" for number in range(10)])
+    tokenizer.save_pretrained(torn)
+    host = TritonHost(triton, EngineSettings(torch_threads=1))
+    engine = await host.open(torn, "torn")
+    before = await engine.generate(opening(), GREEDY)
+    under_way = asyncio.create_task(engine.generate(opening(1), LONG))
+    await engine.generate(opening(2), pb.Sampling(max_new_tokens=1))
+    with pytest.raises(Transient, match="failed"):
+        await engine.generate([user("?"), assistant([len(tokenizer) - 1])], GREEDY)
+    with pytest.raises(Transient):
+        await under_way
+    with pytest.raises(Transient, match="not healthy"):
+        await engine.generate(opening(), GREEDY)
+    after = await engine.generate(opening(), GREEDY)
+    assert after.token_ids == before.token_ids
+    await engine.close()
+    await host.close()
+
+
+def kill_stub(triton: int) -> None:
+    """Kills the process in which Triton runs its one Python model."""
+    stubs = subprocess.run(["pgrep", "-P", str(triton), "-f", "triton_python_backend_stub"], capture_output=True)
+    os.kill(int(stubs.stdout), signal.SIGKILL)
