@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -73,6 +73,10 @@ def inspect(
 def up(
     agents: Annotated[int, typer.Option(min=1, help="How many agents share the work.")] = 1,
     model: Model = None,
+    engine: Annotated[
+        Literal["transformers", "vllm"] | None,
+        typer.Option(help="What runs the model; vllm wants `make install-vllm`. [default: ENGINE, else transformers]"),
+    ] = None,
     data_dir: DataDir = Path("out"),
 ) -> None:
     """Run the whole stack as local processes until Ctrl-C, and say when it is ready.
@@ -83,7 +87,7 @@ def up(
     """
     from services.cli import up as command
 
-    raise typer.Exit(command.run(agents, model, data_dir))
+    raise typer.Exit(command.run(agents, model, engine, data_dir))
 
 
 @app.command()

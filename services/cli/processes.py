@@ -59,10 +59,19 @@ async def redis_server(data_dir: Path) -> AsyncIterator[tuple[Child, str]]:
 
 @asynccontextmanager
 async def service(name: str, address: str, environment: Mapping[str, str]) -> AsyncIterator[Child]:
-    """`python -m services.NAME`, told to listen at `address`."""
-    argv = [sys.executable, "-m", f"services.{name}"]
+    """`python -m services.NAME`, told to listen at `address`. Raises StackError: vLLM is asked for and missing."""
+    vllm_here = name == "policy" and environment.get("ENGINE") == "vllm" and environment.get("ENGINE_HOST") != "triton"
+    argv = [str(vllm_python()) if vllm_here else sys.executable, "-m", f"services.{name}"]
     async with process(name, argv, {**environment, "BIND": address}) as child:
         yield child
+
+
+def vllm_python() -> Path:
+    """Of the environment that `make install-vllm` makes. Raises StackError: there is none."""
+    python = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
+    if not python.exists():
+        raise StackError("The engine vllm is not installed: run `make install-vllm`")
+    return python
 
 
 @asynccontextmanager

@@ -24,7 +24,7 @@ from services.cli.processes import Child, StackError, ready, redis_server, servi
 console = Console(stderr=True)
 
 
-def run(agents: int, model: Path | None, data_dir: Path) -> int:
+def run(agents: int, model: Path | None, engine: str | None, data_dir: Path) -> int:
     """Returns when the stack has stopped; exit status 1 if a part failed. BadInput: `model` is no checkpoint."""
     if model is not None and not (model / "config.json").is_file():
         raise BadInput(f"--model {model} holds no checkpoint (config.json is missing)")
@@ -34,7 +34,7 @@ def run(agents: int, model: Path | None, data_dir: Path) -> int:
     async def main(stop: asyncio.Event) -> None:
         nonlocal status
         try:
-            await _run(agents, model, data_dir.resolve(), stop)
+            await _run(agents, model, engine, data_dir.resolve(), stop)
         except StackError as error:
             console.print(f"[red]{error}[/red]")
             status = 1
@@ -43,11 +43,13 @@ def run(agents: int, model: Path | None, data_dir: Path) -> int:
     return status
 
 
-async def _run(agents: int, model: Path | None, data_dir: Path, stop: asyncio.Event) -> None:
+async def _run(
+    agents: int, model: Path | None, engine: str | None, data_dir: Path, stop: asyncio.Event
+) -> None:
     settings = load(AgentSettings)
     async with AsyncExitStack() as running:
         children: list[Child] = []
-        environment = await _environment(running, model, data_dir, children)
+        environment = await _environment(running, model, engine, data_dir, children)
         console.print("[dim]Starting policy, zoom and retrieval, then the agents…[/dim]")
         bus = open_bus(data_dir)
         await bus.ensure_topics(topics.TOPICS)
@@ -77,7 +79,7 @@ async def _run(agents: int, model: Path | None, data_dir: Path, stop: asyncio.Ev
 
 
 async def _environment(
-    running: AsyncExitStack, model: Path | None, data_dir: Path, children: list[Child]
+    running: AsyncExitStack, model: Path | None, engine: str | None, data_dir: Path, children: list[Child]
 ) -> dict[str, str]:
     """What every process is given: the caller's environment, with what a stack on one machine needs beside it. A Redis
     that is started for it joins `children`.
@@ -89,6 +91,8 @@ async def _environment(
     environment.setdefault("IMAGE_STORE", str(data_dir / "images"))
     if model is not None:
         environment["CHECKPOINT"] = str(model.resolve())
+    if engine is not None:
+        environment["ENGINE"] = engine
     if not environment.get("REDIS_URL"):
         redis, environment["REDIS_URL"] = await running.enter_async_context(redis_server(data_dir))
         children.append(redis)

@@ -27,16 +27,24 @@ EVENTS = 200
 LINES = ("L1", "L2", "L3", "L4")
 
 
-@pytest.fixture(params=["embedded", pytest.param("kafka", marks=[pytest.mark.kafka, pytest.mark.triton])])
+KAFKA, TRITON, VLLM = pytest.mark.kafka, pytest.mark.triton, pytest.mark.vllm
+
+
+@pytest.fixture(
+    params=["embedded", pytest.param("kafka", marks=[KAFKA, TRITON]), pytest.param("kafka-vllm", marks=[KAFKA, VLLM])]
+)
 async def plant(request: pytest.FixtureRequest, tmp_path: Path, redis_url: str) -> AsyncIterator[Stack]:
-    """Two agents; on Kafka with the model in Triton and the library on a Milvus server, else embedded."""
+    """Two agents; on Kafka with the library on a Milvus server, and the model in Triton or in vLLM; else embedded."""
     settings = {"REDIS_URL": redis_url, "MAX_IN_FLIGHT": "8"}
     if request.param == "embedded":
         async with stack(tmp_path, settings, per_category=EVENTS // 4, agents=2) as made:
             yield made
         return
     settings["KAFKA_BOOTSTRAP_SERVERS"] = request.getfixturevalue("kafka")
-    settings |= {"ENGINE_HOST": "triton", "TRITON_URL": request.getfixturevalue("triton")}
+    if request.param == "kafka-vllm":
+        settings["ENGINE"] = "vllm"
+    else:
+        settings |= {"ENGINE_HOST": "triton", "TRITON_URL": request.getfixturevalue("triton")}
     with milvus() as uri:
         settings["MILVUS_URI"] = uri
         async with stack(tmp_path, settings, per_category=EVENTS // 4, agents=2) as made:
