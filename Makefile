@@ -27,9 +27,10 @@ test: install test-tools lint ## All the tests, with real Kafka, Triton, Milvus 
 	$(say) 'Running all the tests (real Kafka, Triton, Milvus and Redis are started and stopped by them)'
 	@$(PY) -m pytest tests
 
-bench: install test-tools ## The benchmarks: ratios, not times
+bench: install install-vllm test-tools ## The benchmarks: ratios, not times
 	$(say) 'Benchmarks'
 	@$(PY) -m pytest tests/bench -o python_files='bench_*.py' -s
+	@$(VLLM_PY) -m pytest tests/bench/bench_serving.py -s
 
 lint: install $(BUF) ## Formatting, types, contracts
 	$(say) 'Checking style, types and contracts'

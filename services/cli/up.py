@@ -43,9 +43,7 @@ def run(agents: int, model: Path | None, engine: str | None, data_dir: Path) -> 
     return status
 
 
-async def _run(
-    agents: int, model: Path | None, engine: str | None, data_dir: Path, stop: asyncio.Event
-) -> None:
+async def _run(agents: int, model: Path | None, engine: str | None, data_dir: Path, stop: asyncio.Event) -> None:
     settings = load(AgentSettings)
     async with AsyncExitStack() as running:
         children: list[Child] = []

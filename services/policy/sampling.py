@@ -8,7 +8,7 @@ import torch
 
 from agentiad.v1 import trajectory_pb2 as pb
 
-# vLLM takes no more.
+# Beyond it a policy speaks noise.
 _HOTTEST = 2
 
 

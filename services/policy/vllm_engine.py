@@ -1,14 +1,14 @@
 """The engine `vllm`: scheduling, paging and prefix caching are vLLM's; ids, pixels and the verdict are ours.
 
 In the engine's thread (`threaded.py`): add → step → step → … → deliver. vLLM runs the model in a process of its own
-(in Triton, in the stub, which is one) and never sees a picture or a text: it gets the ids of the whole prompt and each image's patches as the checkpoint's own processor makes
-them, under the image's sha256, by which it knows what it has seen before.
+(in Triton, in the stub, which is one) and never sees a picture or a text: it gets the ids of the whole prompt and each
+image's patches as the checkpoint's own processor makes them, under the image's sha256, by which it knows what it has
+seen before.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import threading
 from collections import OrderedDict
@@ -36,7 +36,8 @@ from services.policy.row import asks_for_verdict, verdict_follows
 from services.policy.settings import EngineSettings
 from services.policy.threaded import Outcome, ThreadedEngine
 from services.policy.transformers_engine import forced_ids
-from services.vlm.checkpoint import card_of, read_vocabulary, sha256_of, stop_ids
+from services.policy.vllm_sampler import SeededSampler, wish
+from services.vlm.checkpoint import Vocabulary, card_of, read_vocabulary, sha256_of, stop_ids
 from services.vlm.render import ImageChunk, Renderer
 
 # Tokens in a block of the CPU's keys and values, the least that its kernels take; a prefix is found by whole blocks.
@@ -77,7 +78,9 @@ class VllmEngine(ThreadedEngine[_Request]):
         self._keys = map(str, itertools.count())
         self._waiting: list[_Request] = []
         self._running: dict[str, _Request] = {}
-        self._engine = LLMEngine.from_engine_args(_arguments(checkpoint, settings, self._max_context))
+        if settings.device == "cpu":
+            _claim_threads(settings.torch_threads)
+        self._engine = LLMEngine.from_engine_args(_arguments(checkpoint, settings, self._vocabulary, self._max_context))
         self._start()
 
     def _prepare(
@@ -154,12 +157,10 @@ class VllmEngine(ThreadedEngine[_Request]):
 
     def _params(self, sampling: pb.Sampling, prompt_tokens: int) -> SamplingParams:
         return SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p or 1.0,
-            seed=sampling.seed % 2**63,
+            temperature=0,
+            extra_args=wish(sampling.temperature, sampling.top_p, sampling.seed),
             max_tokens=min(sampling.max_new_tokens, self._max_context - prompt_tokens),
             stop_token_ids=sorted(self._vocabulary.stop_ids),
-            logit_bias=dict.fromkeys(self._vocabulary.banned_ids, -math.inf),
             logprob_token_ids=[*self._vocabulary.true_ids, *self._vocabulary.false_ids],
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -233,7 +234,14 @@ def _items(values: torch.Tensor, grids: torch.Tensor) -> MultiModalKwargsItems[A
     return MultiModalKwargsItems.from_hf_inputs(BatchFeature({"pixel_values": values, "image_grid_thw": grids}), fields)
 
 
-def _arguments(checkpoint: Path, settings: EngineSettings, max_context: int) -> EngineArgs:
+def _claim_threads(count: int) -> None:
+    """For the model; 0: all of the machine's. Left to itself vLLM takes one thread and keeps a core free."""
+    count = count or os.cpu_count() or 1
+    os.environ |= {"OMP_NUM_THREADS": str(count), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    torch.set_num_threads(count)
+
+
+def _arguments(checkpoint: Path, settings: EngineSettings, vocabulary: Vocabulary, max_context: int) -> EngineArgs:
     on_cpu = settings.device == "cpu"
     return EngineArgs(
         model=str(checkpoint),
@@ -252,6 +260,8 @@ def _arguments(checkpoint: Path, settings: EngineSettings, max_context: int) -> 
         enforce_eager=on_cpu,
         # Sampling is what the request says, never what a checkpoint's generation settings say.
         generation_config="vllm",
+        logits_processors=[SeededSampler],
+        additional_config={"banned_ids": list(vocabulary.banned_ids)},
         disable_log_stats=True,
         seed=0,
     )

@@ -37,9 +37,6 @@ CORPUS = (
     '{"name":"query_image","arguments":{}}',
 )
 # The markup that the models of this family were trained on, in the words of this project.
-# Of 32 with the usual hidden size of 64: the smallest head that vLLM serves.
-_HEADS = 2
-
 TEMPLATE = """\
 {%- if messages[0].role != 'system' %}<|im_start|>system
 You are a helpful assistant.<|im_end|>
@@ -75,13 +72,18 @@ def make_tiny_checkpoint(
     *,
     seed: int = 0,
     hidden: int = 64,
+    heads: int = 2,
     layers: int = 2,
     vision_hidden: int = 32,
     vision_depth: int = 2,
+    patch: int = 8,
     image_size: int = 64,
     version: str = "tiny-1",
 ) -> Path:
-    """Writes a random checkpoint; images of any size become about `image_size`² pixels in patches of 8."""
+    """Writes a random checkpoint; images of any size become about `image_size`² pixels.
+
+    `hidden` / `heads` of 32 is the smallest that vLLM serves.
+    """
     tokenizer = make_tokenizer()
     # Rows of the output layer that stand for no token, as in the real checkpoints.
     vocabulary_size = len(tokenizer) + 5
@@ -91,7 +93,7 @@ def make_tiny_checkpoint(
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
         "num_hidden_layers": layers,
-        "num_attention_heads": _HEADS,
+        "num_attention_heads": heads,
         "num_key_value_heads": 1,
         "max_position_embeddings": 4096,
         "tie_word_embeddings": True,
@@ -107,7 +109,9 @@ def make_tiny_checkpoint(
         "tie_word_embeddings": True,
     }
     torch.manual_seed(seed)
-    model = (_qwen3 if architecture == "qwen3_vl" else _qwen2_5)(text, tokens, hidden, vision_hidden, vision_depth)
+    model = (_qwen3 if architecture == "qwen3_vl" else _qwen2_5)(
+        text, tokens, _vision(hidden, vision_hidden, vision_depth, patch)
+    )
     model.generation_config = GenerationConfig(
         eos_token_id=[ids["<|im_end|>"], ids["<|endoftext|>"]], pad_token_id=ids["<|endoftext|>"]
     )
@@ -120,7 +124,7 @@ def make_tiny_checkpoint(
     tokenizer.save_pretrained(path)
     pixels = image_size * image_size
     Qwen2VLImageProcessorPil(
-        patch_size=8, merge_size=2, temporal_patch_size=2, size={"shortest_edge": pixels, "longest_edge": pixels}
+        patch_size=patch, merge_size=2, temporal_patch_size=2, size={"shortest_edge": pixels, "longest_edge": pixels}
     ).save_pretrained(path)
     write_card(path, make_card(version))
     return path
@@ -130,32 +134,32 @@ def make_card(version: str = "tiny-1") -> PolicyCard:
     return PolicyCard(version=version, base_model="random", categories=["bottle"], training_data=["none"])
 
 
-def _qwen3(text: dict[str, Any], tokens: dict[str, Any], hidden: int, vision_hidden: int, depth: int) -> Any:
-    head = hidden // _HEADS
+def _vision(hidden: int, width: int, depth: int, patch: int) -> dict[str, Any]:
+    return {
+        "depth": depth, "hidden_size": width, "intermediate_size": 2 * width, "num_heads": 2, "patch_size": patch,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": hidden,
+    }  # fmt: skip
+
+
+def _qwen3(text: dict[str, Any], tokens: dict[str, Any], vision: dict[str, Any]) -> Any:
+    head = text["hidden_size"] // text["num_attention_heads"]
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": _sections(head), "mrope_interleaved": True}
     config = Qwen3VLConfig(
         text_config={**text, "head_dim": head, "rope_parameters": rope},
-        vision_config={
-            "depth": depth, "hidden_size": vision_hidden, "intermediate_size": 2 * vision_hidden, "num_heads": 2,
-            "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": hidden,
-            "num_position_embeddings": 144, "deepstack_visual_indexes": [0, 1],
-        },
+        vision_config={**vision, "num_position_embeddings": 144, "deepstack_visual_indexes": [0, 1]},
         **tokens,
-    )  # fmt: skip
+    )
     return Qwen3VLForConditionalGeneration(config)
 
 
-def _qwen2_5(text: dict[str, Any], tokens: dict[str, Any], hidden: int, vision_hidden: int, depth: int) -> Any:
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": _sections(hidden // _HEADS)}
+def _qwen2_5(text: dict[str, Any], tokens: dict[str, Any], vision: dict[str, Any]) -> Any:
+    head = text["hidden_size"] // text["num_attention_heads"]
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": _sections(head)}
     config = Qwen2_5_VLConfig(
         text_config={**text, "rope_parameters": rope},
-        vision_config={
-            "depth": depth, "hidden_size": vision_hidden, "intermediate_size": 2 * vision_hidden, "num_heads": 2,
-            "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": hidden,
-            "window_size": 32, "fullatt_block_indexes": [depth - 1],
-        },
+        vision_config={**vision, "window_size": 32, "fullatt_block_indexes": [vision["depth"] - 1]},
         **tokens,
-    )  # fmt: skip
+    )
     return Qwen2_5_VLForConditionalGeneration(config)
 
 

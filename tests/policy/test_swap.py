@@ -25,7 +25,7 @@ from services.policy.versions import Versions
 from services.vlm.checkpoint import sha256_of
 from tests.policy.checkpoints import make_tiny_checkpoint
 from tests.policy.conftest import ENGINE
-from tests.policy.conversations import assistant, make_image, opening, user
+from tests.policy.conversations import assistant, eventually, make_image, opening, user
 
 REQUESTS, CONCURRENT = 500, 16
 
@@ -119,8 +119,7 @@ async def test_versions_are_swapped_under_load(
             await publish(name)
             await dealt.wait()
             answers = len(load.answers)
-            while len(load.answers) < answers + 50:
-                await asyncio.sleep(0.01)
+            await eventually(lambda start=answers: len(load.answers) >= start + 50)  # type: ignore[misc]
 
     load = Load(versions, lambda load: len(load.answers) < REQUESTS or sum(v == "c" for _, v in load.answers) < 50)
     await versions.load(paths["a"])
