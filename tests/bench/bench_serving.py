@@ -1,7 +1,8 @@
 """The engines side by side as they are served: in the process and in Triton, from one episode at a time to 64.
 
-Run in .venv it measures `transformers`, in .venv-vllm `vllm` (`make bench-serving` runs both). One line of JSON a
-measurement, on stdout and in $BENCH_OUT. `large`: a random Qwen3-VL whose views have about 448 x 448 pixels.
+Run in .venv it measures `transformers`, in .venv-vllm `vllm` (`make bench` runs both). One line of JSON a
+measurement, on stdout and in $BENCH_OUT. `large`: a random Qwen3-VL of 69 million parameters, its views of about 448 x
+448 pixels.
 """
 
 from __future__ import annotations
@@ -29,20 +30,21 @@ from tests.policy.conftest import ENGINE
 from tests.policy.conversations import assistant, system, user
 
 # Episodes measured for so many at once.
-EPISODES = {"pocket": {1: 16, 8: 64, 32: 128, 64: 128}, "large": {1: 4, 8: 16, 32: 32, 64: 64}}
-NEW_TOKENS = 24
+EPISODES = {"pocket": {1: 16, 8: 64, 32: 128, 64: 128}, "large": {1: 3, 8: 8, 32: 32, 64: 64}}
+NEW_TOKENS = {"pocket": 24, "large": 16}
 
 
 class Meter:
     """What the turns of a measurement took and brought."""
 
-    def __init__(self) -> None:
+    def __init__(self, new_tokens: int) -> None:
+        self.limit = new_tokens
         self.seconds: list[float] = []
         self.new_tokens = self.prompt_tokens = self.cached_tokens = 0
 
     async def turn(self, engine: Engine, messages: list[pb.Message], seed: int) -> pb.Generation:
         started = time.perf_counter()
-        wish = pb.Sampling(temperature=1, max_new_tokens=NEW_TOKENS, seed=seed)
+        wish = pb.Sampling(temperature=1, max_new_tokens=self.limit, seed=seed)
         generation = await engine.generate(messages, wish)
         self.seconds.append(time.perf_counter() - started)
         self.new_tokens += len(generation.token_ids)
@@ -51,9 +53,11 @@ class Meter:
         return generation
 
 
-async def measure(engine: Engine, pictures: Pictures, turns: int, at_once: int, episodes: int) -> dict[str, float]:
+async def measure(
+    engine: Engine, pictures: Pictures, turns: int, at_once: int, episodes: int, new_tokens: int
+) -> dict[str, float]:
     work = [[pictures.new() for _ in range(turns)] for _ in range(episodes)]
-    meter = Meter()
+    meter = Meter(new_tokens)
 
     async def worker() -> None:
         while work:
@@ -118,15 +122,15 @@ async def test_serving(request: pytest.FixtureRequest, tmp_path: Path, model: st
     path = POCKET
     if model == "large":
         path = make_tiny_checkpoint(
-            tmp_path / "large", hidden=768, heads=12, layers=12, vision_hidden=512, vision_depth=12, patch=16,
+            tmp_path / "large", hidden=640, heads=10, layers=13, vision_hidden=384, vision_depth=12, patch=16,
             image_size=448,
         )  # fmt: skip
     pictures, before = Pictures(tmp_path), memory_mib()
     async with served(request, host_name, path, tmp_path) as engine:
-        await measure(engine, pictures, 2, 2, 2)
+        await measure(engine, pictures, 2, 2, 2, NEW_TOKENS[model])
         for turns in (2, 3):
             for at_once, episodes in EPISODES[model].items():
-                figures = await measure(engine, pictures, turns, at_once, episodes)
+                figures = await measure(engine, pictures, turns, at_once, episodes, NEW_TOKENS[model])
                 row = {"engine": ENGINE, "host": host_name, "model": model, "turns": turns, "at_once": at_once}
                 report({**row, **figures, "memory_mib": round(memory_mib() - before)})
 

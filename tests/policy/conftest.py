@@ -10,6 +10,7 @@ from typing import Literal
 
 import pytest
 import pytest_asyncio
+from _pytest.mark import ParameterSet
 
 from services.policy.engine import Engine
 from services.policy.hosts import InProcessHost
@@ -51,17 +52,18 @@ def tiny_checkpoint(tiny_checkpoints: dict[str, Path]) -> Path:
     return tiny_checkpoints["qwen3_vl"]
 
 
-@pytest_asyncio.fixture(
-    scope="session",
-    loop_scope="session",
-    params=[
-        pytest.param(
-            (architecture, host), id=f"{ENGINE}-{architecture}-{host}", marks=[pytest.mark.triton] * (host == "triton")
-        )
-        for architecture in ARCHITECTURES
-        for host in ("in_process", "triton")
-    ],
-)
+def _sites() -> list[ParameterSet]:
+    """(architecture, host): every pair; for vllm, which takes half a minute to load, each of the four once."""
+    pairs = [(architecture, host) for architecture in ARCHITECTURES for host in ("in_process", "triton")]
+    if ENGINE == "vllm":
+        pairs = list(zip(ARCHITECTURES, ("in_process", "triton"), strict=True))
+    return [
+        pytest.param(pair, id="-".join((ENGINE, *pair)), marks=[pytest.mark.triton] * ("triton" in pair))
+        for pair in pairs
+    ]
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session", params=_sites())
 async def site(
     request: pytest.FixtureRequest, tiny_checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Site]:
