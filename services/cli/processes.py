@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping
@@ -90,6 +92,9 @@ async def process(name: str, argv: list[str], environment: Mapping[str, str]) ->
                 telemetry.log.warning("did not stop in time and is killed", process=name, seconds=STOP_S)
                 started.kill()
                 await started.wait()
+        # What it started itself, vLLM's processes say, and left behind.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
 
 
 async def ready(child: Child, address: str, stop: asyncio.Event) -> None:

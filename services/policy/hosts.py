@@ -24,10 +24,26 @@ class InProcessHost:
 
     async def open(self, checkpoint: Path, version: str) -> Engine:
         """See services.policy.engine.Host."""
-        return await asyncio.to_thread(make_engine, self._settings, checkpoint, version)
+        loading = asyncio.ensure_future(asyncio.to_thread(make_engine, self._settings, checkpoint, version))
+        try:
+            return await asyncio.shield(loading)
+        except asyncio.CancelledError:  # a thread cannot be: what it makes is closed when it comes
+            loading.add_done_callback(_close_late)
+            raise
 
     async def close(self) -> None:
         """Nothing of its own to close."""
+
+
+def _close_late(loading: asyncio.Future[Engine]) -> None:
+    if not loading.cancelled() and loading.exception() is None:
+        closing = asyncio.ensure_future(loading.result().close())
+        _CLOSING.add(closing)
+        closing.add_done_callback(_CLOSING.discard)
+
+
+# Engines that nobody waits for any more; the loop itself keeps no task alive.
+_CLOSING: set[asyncio.Future[None]] = set()
 
 
 def make_host(settings: PolicySettings) -> Host:

@@ -19,11 +19,12 @@ class EngineSettings(ImageSettings):
     engine: Literal["transformers", "vllm"] = "transformers"  # vllm: in an environment of its own (make install-vllm)
     device: str = "cpu"  # a torch device
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"  # auto: the faster one of a timed matmul
-    torch_threads: int = Field(default=0, ge=0)  # 0: torch's own choice
+    torch_threads: int = Field(default=0, ge=0)  # on a CPU; 0: torch's own choice, and all cores for vllm
     max_batch: int = Field(default=32, ge=1)  # requests that grow side by side
     max_queue: int = Field(default=256, ge=0)  # requests that wait beyond them; more are refused
     max_context: int = Field(default=0, ge=0)  # tokens of prompt and reply together; 0: the model's own limit
-    prefix_cache_mib: int = Field(default=512, ge=0)  # keys and values of earlier turns; 0: none
+    # Keys and values of earlier turns; 0: none. On a GPU vllm takes what gpu_memory_share leaves.
+    prefix_cache_mib: int = Field(default=512, ge=0)
     max_images: int = Field(default=12, ge=1)  # in one prompt; vllm only
     image_cache_mib: int = Field(default=256, ge=0)  # preprocessed images of earlier turns; vllm only
     tensor_parallel: int = Field(default=1, ge=1)  # GPUs that share one model; vllm only

@@ -121,8 +121,8 @@ class ThreadedEngine(ABC, Generic[J]):
         try:
             self._serve()
             end: Exception = Transient("this policy version is closed")
-        except Exception as error:  # a bug or a broken device: whoever waits must hear of it, and so must who comes
-            self._failure = end = error
+        except BaseException as error:  # a bug or a broken device: whoever waits must hear of it, and so must who comes
+            self._failure = end = error if isinstance(error, Exception) else RuntimeError(repr(error))
         self._ended = True
         for job in [*self._unanswered(), *_drain(self._arrivals)]:
             job.deliver(end)

@@ -69,9 +69,9 @@ class TritonHost:
             raise BadInput(str(error)) from error
         # Named after its weights too: two checkpoints may call themselves the same.
         model = model_name(f"{version or checkpoint.name}-{digest[:12]}")
-        await self.load(model, checkpoint.resolve(), version)
         engine = TritonEngine(self, model, checkpoint.resolve(), version)
         try:
+            await self.load(model, checkpoint.resolve(), version)
             await engine.describe()
         except BaseException:  # cancelled, too: nobody else would take it out of Triton
             await engine.close()
@@ -130,7 +130,8 @@ class TritonEngine:
         self._host, self._model, self._checkpoint, self._version = host, model, checkpoint, version
         # The stream on which the model was last seen loaded.
         self._seen_on: Stream | None = None
-        self._dead = False
+        # Its process may be dead.
+        self._suspected = False
         self._loading = asyncio.Lock()
         self._under_way = 0
         self._probing: asyncio.Task[None] | None = None
@@ -173,37 +174,52 @@ class TritonEngine:
         try:
             return await stream.call(self._model, body, operation)
         except ModelGoneError as error:
-            self._dead = True
+            self._suspect(stream, error)
             raise Transient(str(error)) from error
 
     async def _ready(self) -> Stream:
         """The stream, with the model loaded behind it."""
         stream = self._host.stream()
-        if self._dead or self._seen_on is not stream:
+        if self._suspected or self._seen_on is not stream:
             async with self._loading:
-                if self._dead:  # a load alone would wait for the dead process's requests
+                if self._suspected and not await self._answers(stream):
+                    # A load alone would wait for the dead process's requests.
                     await self._host.unload(self._model)
-                if self._dead or (self._seen_on is not stream and not await self._host.is_loaded(self._model)):
+                if not await self._host.is_loaded(self._model):
                     await self._host.load(self._model, self._checkpoint, self._version)
-                self._dead, self._seen_on = False, stream
+                self._suspected, self._seen_on = False, stream
         return stream
+
+    def _suspect(self, stream: Stream, error: Exception) -> None:
+        """The model is dead, or an error came late: whoever waits is told, and the next request finds out."""
+        self._suspected = True
+        stream.fail(self._model, Transient(f"the model's process is gone: {error}"))
+
+    async def _answers(self, stream: Stream) -> bool:
+        try:
+            async with asyncio.timeout(_PROBE_S):
+                await stream.call(self._model, b"", "describe")
+        except (ModelGoneError, Transient, TimeoutError):
+            return False
+        return True
 
     async def _probe(self) -> None:
         """While requests are under way: asks whether the model lives, and fails them if it does not."""
-        while self._under_way:
-            await asyncio.sleep(_PROBE_S)
-            stream = self._host.stream()
-            if self._dead or self._seen_on is not stream:  # being loaded, or the stream has told them
-                continue
-            try:
-                async with asyncio.timeout(_ANSWER_S):
-                    await stream.call(self._model, b"", "describe")
-            except (ModelGoneError, TimeoutError) as error:
-                self._dead = True
-                stream.fail(self._model, Transient(f"the model's process is gone: {error}"))
-            except Transient:  # the stream broke: all heard of it
-                pass
-        self._probing = None
+        try:
+            while self._under_way:
+                await asyncio.sleep(_PROBE_S)
+                stream = self._host.stream()
+                if self._suspected or self._seen_on is not stream:  # being loaded, or the stream has told them
+                    continue
+                try:
+                    async with asyncio.timeout(_ANSWER_S):
+                        await stream.call(self._model, b"", "describe")
+                except (ModelGoneError, TimeoutError) as error:
+                    self._suspect(stream, error)
+                except Transient:  # the stream broke: all heard of it
+                    pass
+        finally:
+            self._probing = None
 
 
 def model_name(version: str) -> str:

@@ -88,6 +88,7 @@ class PolicyModel:
         _, sender = self._tasks.pop(key)
         if task.cancelled():
             _send(sender, grpc.StatusCode.CANCELLED, b"cancelled")
+            self._end_if_broken()
             return
         error = task.exception()
         if error is None:
@@ -96,9 +97,13 @@ class PolicyModel:
         known = to_status(error) if isinstance(error, Exception) else None
         code, details = known or (grpc.StatusCode.UNAVAILABLE, f"the engine has failed: {error!r}")
         _send(sender, code, details.encode())
-        # Whatever is none of the documented errors has broken the engine. All who wait hear of it; then this process
-        # ends, so that Triton refuses the next request and the policy service loads the model anew.
         self._broken = self._broken or known is None
+        self._end_if_broken()
+
+    def _end_if_broken(self) -> None:
+        """Whatever is none of the documented errors has broken the engine. All who wait hear of it; then this process
+        ends, so that Triton refuses the next request and the policy service loads the model anew.
+        """
         if self._broken and not self._tasks:
             os._exit(1)
 

@@ -73,15 +73,17 @@ class Stream:
             yield await self._outbox.get()
 
     async def _read(self) -> None:
+        error = "an answer of Triton's could not be read"
         try:
             async for message in self._rpc:
                 self._answer(message)
             error = "Triton closed the stream"
         except (grpc.aio.AioRpcError, asyncio.CancelledError) as failure:
             error = f"the stream to Triton broke: {failure}"
-        self.broken = True
-        for model in {model for model, _ in self._waiting.values()}:
-            self.fail(model, Transient(error))
+        finally:  # also where an answer could not be read
+            self.broken = True
+            for model in {model for model, _ in self._waiting.values()}:
+                self.fail(model, Transient(error))
 
     def _answer(self, message: Any) -> None:
         response = message.infer_response

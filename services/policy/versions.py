@@ -10,6 +10,7 @@ a request ends on the version that it began with; loads happen one after the oth
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import math
 from collections.abc import Sequence
@@ -24,6 +25,9 @@ from services.chassis import telemetry
 from services.chassis.errors import BadInput, Exhausted, NotFound, Transient
 from services.policy.engine import Engine, Host
 from services.vlm.checkpoint import card_of, sha256_of
+
+# A request of a version that makes room has so long to end; episodes take seconds.
+_BUSY_S = 120.0
 
 
 @dataclass(eq=False)
@@ -118,7 +122,7 @@ class Versions:
         """Closes every version; what is under way fails with Transient."""
         for name in list(self._versions):
             self._close(name)
-        await asyncio.gather(*self._closing)
+        await asyncio.gather(*self._closing, return_exceptions=True)
         await self._host.close()
 
     async def _make_room(self) -> None:
@@ -126,10 +130,14 @@ class Versions:
         while len(self._versions) >= max(self._kept, 2):
             name, oldest = next(iter(self._versions.items()))
             del self._versions[name]  # its requests end; episodes that come with another turn begin anew
-            if oldest.under_way:
-                await oldest.idle.wait()
-            self._close_engine(name, oldest)
-        await asyncio.gather(*self._closing)
+            try:
+                if oldest.under_way:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_BUSY_S):
+                            await oldest.idle.wait()
+            finally:  # cancelled, too: nobody else knows of it any more
+                self._close_engine(name, oldest)
+        await asyncio.gather(*self._closing, return_exceptions=True)
 
     def _current(self) -> _Version:
         if not self._versions:

@@ -19,7 +19,12 @@ from typing import Any
 
 # vLLM reads its environment when it is imported. Of its two model runners `SeededSampler` is written for the first,
 # the only one on CPUs.
-os.environ |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+os.environ |= {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    # A process that holds gRPC's threads and ports must not be forked.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+}
 
 import torch
 from PIL import Image
@@ -27,22 +32,29 @@ from transformers import AutoConfig, BatchFeature, GenerationConfig
 from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.inputs.engine import mm_input, tokens_input
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.core_client import SyncMPClient
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from agentiad.v1 import trajectory_pb2 as pb
-from services.chassis.errors import BadInput
+from services.chassis.errors import BadInput, Transient
 from services.policy import sampling as sampler
 from services.policy.prompt import Pixels, image_digest, make_prompt
 from services.policy.row import asks_for_verdict, verdict_follows
 from services.policy.settings import EngineSettings
 from services.policy.threaded import Outcome, ThreadedEngine
 from services.policy.transformers_engine import forced_ids
-from services.policy.vllm_sampler import SeededSampler, wish
+from services.policy.vllm_sampler import SeededSampler, seeded_args
 from services.vlm.checkpoint import Vocabulary, card_of, read_vocabulary, sha256_of, stop_ids
-from services.vlm.render import ImageChunk, Renderer
+from services.vlm.render import ImageChunk, Renderer, TokenChunk
 
 # Tokens in a block of the CPU's keys and values, the least that its kernels take; a prefix is found by whole blocks.
 CPU_BLOCK = 32
+# How long the engine's thread waits for vLLM before it looks for arrivals and cancellations.
+_TICK_S = 0.05
+# vLLM's bound on the tokens whose log-probabilities are told beside the chosen one's.
+_MAX_VERDICT_IDS = 128
 # Keys and values of the running requests need room even where no prefix is kept.
 _LEAST_KV_MIB = 256
 
@@ -64,6 +76,10 @@ class VllmEngine(ThreadedEngine[_Request]):
     def __init__(
         self, checkpoint: Path, version: str, load_image: Callable[[pb.Image], Image.Image], settings: EngineSettings
     ) -> None:
+        if (settings.device == "cpu") != current_platform.is_cpu():
+            raise ValueError(
+                f"DEVICE is {settings.device!r}, but this vLLM is built for {current_platform.device_type}"
+            )
         card = card_of(checkpoint, sha256_of(checkpoint))
         card.version = version or card.version
         super().__init__(card, settings.max_batch + settings.max_queue)
@@ -72,15 +88,17 @@ class VllmEngine(ThreadedEngine[_Request]):
         config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
         text = config.get_text_config()
         generation = GenerationConfig.from_pretrained(checkpoint, local_files_only=True)
-        self._vocabulary = read_vocabulary(self._renderer, stop_ids(generation), int(text.vocab_size))
+        self._rows = int(text.vocab_size)
+        self._vocabulary = read_vocabulary(self._renderer, stop_ids(generation), self._rows)
+        if len(self._vocabulary.true_ids) + len(self._vocabulary.false_ids) > _MAX_VERDICT_IDS:
+            raise ValueError(f"more than {_MAX_VERDICT_IDS} tokens begin a verdict; vLLM tells of no more")
         self._max_context = min(int(text.max_position_embeddings), settings.max_context or 2**31)
         self._max_images = settings.max_images
         self._pixels = _PixelCache(settings.image_cache_mib * 2**20)
         self._keys = map(str, itertools.count())
         self._waiting: list[_Request] = []
         self._running: dict[str, _Request] = {}
-        if settings.device == "cpu":
-            _claim_threads(settings.torch_threads)
+        self._threads = _claim_threads(settings.torch_threads) if settings.device == "cpu" else 0
         self._engine = LLMEngine.from_engine_args(_arguments(checkpoint, settings, self._vocabulary, self._max_context))
         self._start()
 
@@ -91,22 +109,30 @@ class VllmEngine(ThreadedEngine[_Request]):
             sampler.check(sampling)
             chunks = make_prompt(self._renderer.render(messages)).chunks
             images = [chunk.image for chunk in chunks if isinstance(chunk, ImageChunk)]
+            # Before any pixel is read: an image takes at least one token.
+            self._check_length(sum(len(chunk.ids) if isinstance(chunk, TokenChunk) else 1 for chunk in chunks))
             if len(images) > self._max_images:
                 raise ValueError(f"{len(images)} images, {self._max_images} is the limit")
             digests = [image_digest(image).hex() for image in images]
             pixels = [self._read(image, digest) for image, digest in zip(images, digests, strict=True)]
             grids = torch.cat([each.grid for each in pixels]) if pixels else torch.empty(0, 3)
             ids = self._renderer.expand(chunks, grids)
+            if max(ids) >= self._rows:
+                raise ValueError(f"token id {max(ids)} is not one of the model's {self._rows}")
         except ValueError as error:
             raise BadInput(str(error)) from error
-        if len(ids) >= self._max_context:
-            raise BadInput(f"the prompt has {len(ids)} tokens or more, {self._max_context} is the limit")
+        self._check_length(len(ids))
         if pixels:
             values = torch.cat([each.values for each in pixels])
             prompt = mm_input(ids, _items(values, grids), {"image": digests}, {"image": self._placeholders(ids, grids)})
         else:
             prompt = tokens_input(ids)
         return _Request(prompt, self._params(sampling, len(ids)), forced_ids(chunks), deliver)
+
+    def _check_length(self, prompt_tokens: int) -> None:
+        """There must be room for one more."""
+        if prompt_tokens >= self._max_context:
+            raise BadInput(f"the prompt has {prompt_tokens} tokens or more, {self._max_context} is the limit")
 
     def _read(self, image: pb.Image, digest: str) -> Pixels:
         found = self._pixels.get(digest)
@@ -117,6 +143,8 @@ class VllmEngine(ThreadedEngine[_Request]):
         return found
 
     def _serve(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)
         while self._receive(self._waiting, block=not self._running and not self._waiting):
             while self._waiting:
                 self._add(self._waiting.pop(0))
@@ -124,22 +152,45 @@ class VllmEngine(ThreadedEngine[_Request]):
                 self._engine.abort_request(gone)
                 for key in gone:
                     del self._running[key]
-            for output in self._engine.step():
-                request = self._running.get(output.request_id)
-                if request is not None and output.finished:
-                    del self._running[output.request_id]
-                    request.deliver(self._generation(request, output))
+            if self._running and self._has_output():
+                for output in self._engine.step():
+                    self._take(output)
 
     def _add(self, request: _Request) -> None:
         if request.cancelled:
             return
         request.key = next(self._keys)
+        self._running[request.key] = request
         try:
             self._engine.add_request(request.key, request.prompt, request.params)
         except ValueError as error:  # a limit of vLLM's own
+            del self._running[request.key]
             request.deliver(BadInput(str(error)))
-        else:
-            self._running[request.key] = request
+
+    def _has_output(self) -> bool:
+        """Whether `step` would return at once; waits a tick. Raises EngineDeadError.
+
+        vLLM's own waiting has no end: not when the last request was aborted, and not when its process was killed.
+        """
+        core = self._engine.engine_core
+        if not isinstance(core, SyncMPClient):  # in this process: a step computes
+            return True
+        if core.resources.engine_dead:
+            raise EngineDeadError
+        outputs = core.outputs_queue
+        with outputs.not_empty:
+            return bool(outputs._qsize() or outputs.not_empty.wait(_TICK_S))
+
+    def _take(self, output: Any) -> None:
+        request = self._running.get(output.request_id)
+        if request is None or not output.finished:
+            return
+        reason = output.outputs[0].finish_reason
+        if reason in ("stop", "length"):
+            request.deliver(self._generation(request, output))
+        else:  # vLLM is being stopped, or has given the request up
+            request.deliver(Transient(f"vLLM ended the request: {reason}"))
+        del self._running[output.request_id]
 
     def _unanswered(self) -> Iterable[_Request]:
         return [*self._running.values(), *self._waiting]
@@ -159,7 +210,7 @@ class VllmEngine(ThreadedEngine[_Request]):
     def _params(self, sampling: pb.Sampling, prompt_tokens: int) -> SamplingParams:
         return SamplingParams(
             temperature=0,
-            extra_args=wish(sampling.temperature, sampling.top_p, sampling.seed),
+            extra_args=seeded_args(sampling.temperature, sampling.top_p, sampling.seed),
             max_tokens=min(sampling.max_new_tokens, self._max_context - prompt_tokens),
             stop_token_ids=sorted(self._vocabulary.stop_ids),
             logprob_token_ids=[*self._vocabulary.true_ids, *self._vocabulary.false_ids],
@@ -235,11 +286,11 @@ def _items(values: torch.Tensor, grids: torch.Tensor) -> MultiModalKwargsItems[A
     return MultiModalKwargsItems.from_hf_inputs(BatchFeature({"pixel_values": values, "image_grid_thw": grids}), fields)
 
 
-def _claim_threads(count: int) -> None:
-    """For the model; 0: all of the machine's. Left to itself vLLM takes one thread and keeps a core free."""
-    count = count or os.cpu_count() or 1
+def _claim_threads(count: int) -> int:
+    """For the model; 0: all that this process may use. Left to itself vLLM takes one and keeps a core free."""
+    count = count or len(os.sched_getaffinity(0))
     os.environ |= {"OMP_NUM_THREADS": str(count), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    torch.set_num_threads(count)
+    return count
 
 
 def _arguments(checkpoint: Path, settings: EngineSettings, vocabulary: Vocabulary, max_context: int) -> EngineArgs:
@@ -255,6 +306,8 @@ def _arguments(checkpoint: Path, settings: EngineSettings, vocabulary: Vocabular
         kv_cache_memory_bytes=max(settings.prefix_cache_mib, _LEAST_KV_MIB) * 2**20 if on_cpu else None,
         block_size=CPU_BLOCK if on_cpu else None,
         enable_prefix_caching=settings.prefix_cache_mib > 0,
+        # Images are kept by `_PixelCache`: vLLM would keep 4 GiB of them again.
+        mm_processor_cache_gb=0,
         limit_mm_per_prompt={"image": settings.max_images, "video": 0},
         # The processor has done it: vLLM would normalise a second time, within the model.
         mm_device_do_normalize=False,

@@ -21,7 +21,7 @@ from services.policy import sampling as sampler
 
 
 @dataclass(frozen=True)
-class _Row:
+class _Seeded:
     """`ids`: the tokens chosen so far; vLLM appends to them."""
 
     temperature: float
@@ -31,11 +31,11 @@ class _Row:
 
 
 class SeededSampler(LogitsProcessor):  # type: ignore[misc]  # vLLM is not installed where types are checked
-    """Wants `banned_ids` in the engine's additional_config, and the request's `wish` (see `wish`) in extra_args."""
+    """Wants `banned_ids` in the engine's additional_config, and `seeded_args` as the extra_args of each request."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         self._banned = torch.tensor(vllm_config.additional_config["banned_ids"], dtype=torch.long, device=device)
-        self._rows: dict[int, _Row] = {}
+        self._rows: dict[int, _Seeded] = {}
 
     def is_argmax_invariant(self) -> bool:
         """It decides what the most probable token is."""
@@ -43,7 +43,7 @@ class SeededSampler(LogitsProcessor):  # type: ignore[misc]  # vLLM is not insta
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Called by vLLM before each step."""
-        process_dict_updates(self._rows, batch_update, _row)
+        process_dict_updates(self._rows, batch_update, _seeded)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """[rows, vocabulary]: all but the chosen token at −inf."""
@@ -57,13 +57,13 @@ class SeededSampler(LogitsProcessor):  # type: ignore[misc]  # vLLM is not insta
         return torch.full_like(logits, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 
-def wish(temperature: float, top_p: float, seed: int) -> dict[str, Any]:
+def seeded_args(temperature: float, top_p: float, seed: int) -> dict[str, Any]:
     """The extra_args of a request."""
     return {"temperature": temperature, "top_p": top_p, "seed": seed}
 
 
-def _row(params: SamplingParams, _: list[int] | None, ids: list[int]) -> _Row | None:
+def _seeded(params: SamplingParams, _: list[int] | None, ids: list[int]) -> _Seeded | None:
     if not params.extra_args:
         return None
     uniform = sampler.random_numbers(params.extra_args["seed"], params.max_tokens)
-    return _Row(params.extra_args["temperature"], params.extra_args["top_p"], uniform, ids)
+    return _Seeded(params.extra_args["temperature"], params.extra_args["top_p"], uniform, ids)
