@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, BatchFeature, GenerationConfig
 from vllm import EngineArgs, LLMEngine, SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.inputs.engine import mm_input, tokens_input
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
 from vllm.platforms import current_platform
@@ -51,6 +52,8 @@ from services.vlm.render import ImageChunk, Renderer, TokenChunk
 
 # Tokens in a block of the CPU's keys and values, the least that its kernels take; a prefix is found by whole blocks.
 CPU_BLOCK = 32
+# vLLM puts a refusal in its place, while each thread has a number of its own.
+_set_threads = torch.set_num_threads
 # How long the engine's thread waits for vLLM before it looks for arrivals and cancellations.
 _TICK_S = 0.05
 # vLLM's bound on the tokens whose log-probabilities are told beside the chosen one's.
@@ -144,7 +147,7 @@ class VllmEngine(ThreadedEngine[_Request]):
 
     def _serve(self) -> None:
         if self._threads:
-            torch.set_num_threads(self._threads)
+            _set_threads(self._threads)
         while self._receive(self._waiting, block=not self._running and not self._waiting):
             while self._waiting:
                 self._add(self._waiting.pop(0))
@@ -163,7 +166,7 @@ class VllmEngine(ThreadedEngine[_Request]):
         self._running[request.key] = request
         try:
             self._engine.add_request(request.key, request.prompt, request.params)
-        except ValueError as error:  # a limit of vLLM's own
+        except (ValueError, VLLMValidationError) as error:  # a limit of vLLM's own
             del self._running[request.key]
             request.deliver(BadInput(str(error)))
 
@@ -290,6 +293,7 @@ def _claim_threads(count: int) -> int:
     """For the model; 0: all that this process may use. Left to itself vLLM takes one and keeps a core free."""
     count = count or len(os.sched_getaffinity(0))
     os.environ |= {"OMP_NUM_THREADS": str(count), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    _set_threads(count)
     return count
 
 

@@ -34,9 +34,11 @@ SETTINGS = EngineSettings(engine="vllm", max_context=600, prefix_cache_mib=256, 
 async def served(checkpoint: Path) -> AsyncIterator[VllmEngine]:
     engine = await asyncio.to_thread(make_engine, SETTINGS, checkpoint, "v")
     assert isinstance(engine, VllmEngine)
-    yield engine
-    async with asyncio.timeout(60):
-        await engine.close()
+    try:
+        yield engine
+    finally:
+        async with asyncio.timeout(60):
+            await engine.close()
 
 
 async def test_nobody_waits_for_a_vllm_that_has_nothing_to_say(tiny_checkpoint: Path) -> None:
