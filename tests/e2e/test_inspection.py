@@ -21,6 +21,7 @@ from services.chassis import topics
 from services.chassis.bus import Event, cloudevents
 from services.cli.plant import SOURCE, publish_image
 from tests.e2e.stack import Stack, stack
+from tests.harness.kafka import kafka
 from tests.harness.milvus import milvus
 
 EVENTS = 200
@@ -40,13 +41,13 @@ async def plant(request: pytest.FixtureRequest, tmp_path: Path, redis_url: str) 
         async with stack(tmp_path, settings, per_category=EVENTS // 4, agents=2) as made:
             yield made
         return
-    settings["KAFKA_BOOTSTRAP_SERVERS"] = request.getfixturevalue("kafka")
     if request.param == "kafka-vllm":
         settings["ENGINE"] = "vllm"
     else:
         settings |= {"ENGINE_HOST": "triton", "TRITON_URL": request.getfixturevalue("triton")}
-    with milvus() as uri:
-        settings["MILVUS_URI"] = uri
+    # A broker of its own: its topics hold this plant's events and no other's.
+    with milvus() as uri, kafka() as broker:
+        settings |= {"MILVUS_URI": uri, "KAFKA_BOOTSTRAP_SERVERS": broker.address}
         async with stack(tmp_path, settings, per_category=EVENTS // 4, agents=2) as made:
             yield made
 
