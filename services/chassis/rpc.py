@@ -80,7 +80,8 @@ _CHANNEL_OPTIONS = [
     ("grpc.keepalive_timeout_ms", 10_000),
     # A server that was restarted is found again within 2 s; gRPC's own maximum is 2 minutes.
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 200),
+    # How long an attempt to connect may take, too: on a busy machine more than an instant.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     # Calls between services never go through a company's web proxy.
     ("grpc.enable_http_proxy", 0),

@@ -38,7 +38,8 @@ _OPTIONS = [
     # Without this, gRPC 1.85 waits a minute for the answer to a ping.
     ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 200),
+    # How long an attempt to connect may take, too: on a busy machine more than an instant.
+    ("grpc.min_reconnect_backoff_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.enable_http_proxy", 0),
 ]
