@@ -1,4 +1,4 @@
-"""Starts an agent: the Inspect call and the inspection worker, until SIGTERM."""
+"""Starts an agent: the Inspect call and a worker, of inspections or of rollouts, until SIGTERM."""
 
 import asyncio
 from functools import partial
@@ -11,8 +11,9 @@ from services.chassis.settings import load
 async def main(settings: AgentSettings, stop: asyncio.Event) -> None:
     from redis.asyncio import Redis
 
-    from services.agent import inspector, online, service
-    from services.agent.records import Records
+    from agentiad.v1.events_pb2 import InspectionCompleted, TrajectoryCompleted
+    from services.agent import inspector, online, rollout, service
+    from services.agent.records import RESULT_TTL_S, ROLLOUT_TTL_S, Records
     from services.chassis import rpc
     from services.chassis.bus import make_bus
 
@@ -28,7 +29,12 @@ async def main(settings: AgentSettings, stop: asyncio.Event) -> None:
         ),
     ):
         try:
-            await online.run(bus, connected, Records(redis), max_in_flight=settings.max_in_flight, stop=stop)
+            if settings.work == "rollout":
+                rollouts = Records(redis, TrajectoryCompleted, ROLLOUT_TTL_S)
+                await rollout.run(bus, connected.runner, rollouts, max_in_flight=settings.max_in_flight, stop=stop)
+            else:
+                inspections = Records(redis, InspectionCompleted, RESULT_TTL_S)
+                await online.run(bus, connected, inspections, max_in_flight=settings.max_in_flight, stop=stop)
         finally:
             await bus.close()
 

@@ -94,6 +94,19 @@ def next_step(trajectory: pb.Trajectory) -> Step:
     return GenerateStep(messages, sampling, trajectory.policy_version)
 
 
+def forced_step(trajectory: pb.Trajectory) -> GenerateStep:
+    """For a trajectory whose last turn is a tool call: the verdict instead of the call, of which one token will do."""
+    messages = [turn.message for turn in trajectory.turns[:-1]]
+    messages.append(protocol.forced_answer_message())
+    return GenerateStep(messages, pb.Sampling(max_new_tokens=1), trajectory.policy_version)
+
+
+def add_probe(trajectory: pb.Trajectory, generation: pb.Generation) -> None:
+    """Records what `forced_step` brought."""
+    if generation.HasField("anomaly_probability"):
+        trajectory.turns[-1].forced_anomaly_probability = generation.anomaly_probability
+
+
 def add_generation(trajectory: pb.Trajectory, generation: pb.Generation, latency: timedelta) -> None:
     """Records the policy's turn; ends the episode when it is a verdict, answers a bad reply with an error turn."""
     forced = _assistant_turns(trajectory) >= trajectory.limits.max_turns

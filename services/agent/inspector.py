@@ -82,7 +82,7 @@ async def connected(settings: AgentSettings) -> AsyncIterator[Inspector]:
 
 
 async def inspect_once(
-    inspector: Inspector, records: Records, captured: events_pb2.ImageCaptured
+    inspector: Inspector, records: Records[events_pb2.InspectionCompleted], captured: events_pb2.ImageCaptured
 ) -> events_pb2.InspectionCompleted:
     """The event's one result: the recorded one, or that of an episode which goes on from its recorded steps."""
     recorded = await records.result(captured.event_id)

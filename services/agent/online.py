@@ -24,7 +24,14 @@ CAPTURED_TYPE = topics.TOPICS[topics.IMAGES].message.DESCRIPTOR.full_name
 INSPECTION_TYPE = topics.TOPICS[topics.INSPECTIONS].message.DESCRIPTOR.full_name
 
 
-async def run(bus: Bus, inspector: Inspector, records: Records, *, max_in_flight: int, stop: asyncio.Event) -> None:
+async def run(
+    bus: Bus,
+    inspector: Inspector,
+    records: Records[events_pb2.InspectionCompleted],
+    *,
+    max_in_flight: int,
+    stop: asyncio.Event,
+) -> None:
     """Inspects image events, `max_in_flight` episodes at once, until `stop` is set."""
 
     async def handle(event: Event) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Generic, TypeVar
 
 from redis import exceptions
 from redis.asyncio import Redis
@@ -18,8 +19,10 @@ from services.chassis.errors import Transient
 
 # An episode lasts seconds; steps are of use only until the event is delivered again.
 STEPS_TTL_S = 24 * 3600
-# Longer than Kafka keeps a topic by default (7 days), so that no redelivery finds its result gone.
+# Of an inspection: longer than Kafka keeps a topic by default (7 days), so that no redelivery finds its result gone.
 RESULT_TTL_S = 14 * 24 * 3600
+# Of a rollout: its trainer waits for minutes. At ten trajectories a second of 10 KB each this is 360 MB.
+ROLLOUT_TTL_S = 3600
 # Redis is away, or there and takes nothing now: a failover, a full memory or disk.
 _UNAVAILABLE = (
     exceptions.ConnectionError,
@@ -32,37 +35,51 @@ _UNAVAILABLE = (
 )
 
 
-class Records:
-    """Raises Transient while Redis cannot be reached or takes nothing."""
+R = TypeVar("R", events_pb2.InspectionCompleted, events_pb2.TrajectoryCompleted)
 
-    def __init__(self, redis: Redis) -> None:
-        self._redis = redis
 
-    async def result(self, event_id: str) -> events_pb2.InspectionCompleted | None:
-        value = await self._get(_result_key(event_id))
-        return None if value is None else events_pb2.InspectionCompleted.FromString(value)
+class Records(Generic[R]):
+    """Of events whose results are of the type `result_type`; ids are told apart by it.
 
-    async def claim_result(self, inspection: events_pb2.InspectionCompleted) -> events_pb2.InspectionCompleted:
+    Raises Transient while Redis cannot be reached or takes nothing.
+    """
+
+    def __init__(self, redis: Redis, result_type: type[R], ttl_s: int) -> None:
+        self._redis, self._ttl_s = redis, ttl_s
+        self._result_type: type[R] = result_type
+        self._prefix = f"agentiad:{result_type.DESCRIPTOR.name}"
+
+    async def result(self, event_id: str) -> R | None:
+        value = await self._get(self._result_key(event_id))
+        return None if value is None else self._result_type.FromString(value)
+
+    async def claim_result(self, result: R) -> R:
         """Records the result unless there is one already; returns the one that holds."""
-        key = _result_key(inspection.event_id)
+        key = self._result_key(result.event_id)
         with _transient():
-            first = await self._redis.set(key, inspection.SerializeToString(), nx=True, ex=RESULT_TTL_S)
-            await self._redis.delete(_steps_key(inspection.event_id))
-        return inspection if first else await self.result(inspection.event_id) or inspection
+            first = await self._redis.set(key, result.SerializeToString(), nx=True, ex=self._ttl_s)
+            await self._redis.delete(self._steps_key(result.event_id))
+        return result if first else await self.result(result.event_id) or result
 
     async def steps(self, event_id: str) -> pb.Trajectory | None:
-        value = await self._get(_steps_key(event_id))
+        value = await self._get(self._steps_key(event_id))
         return None if value is None else pb.Trajectory.FromString(value)
 
     async def save_steps(self, event_id: str, trajectory: pb.Trajectory) -> None:
         with _transient():
-            await self._redis.set(_steps_key(event_id), trajectory.SerializeToString(), ex=STEPS_TTL_S)
+            await self._redis.set(self._steps_key(event_id), trajectory.SerializeToString(), ex=STEPS_TTL_S)
 
     async def _get(self, key: str) -> bytes | None:
         with _transient():
             value = await self._redis.get(key)
         assert not isinstance(value, str), "the connection must not decode"
         return value
+
+    def _steps_key(self, event_id: str) -> str:
+        return f"{self._prefix}:steps:{event_id}"
+
+    def _result_key(self, event_id: str) -> str:
+        return f"{self._prefix}:result:{event_id}"
 
 
 @contextmanager
@@ -75,11 +92,3 @@ def _transient() -> Iterator[None]:
         if str(error).startswith("MISCONF"):  # it cannot write to its disk; redis-py has no class for it
             raise Transient(f"Redis: {error}") from error
         raise
-
-
-def _steps_key(event_id: str) -> str:
-    return f"agentiad:steps:{event_id}"
-
-
-def _result_key(event_id: str) -> str:
-    return f"agentiad:result:{event_id}"

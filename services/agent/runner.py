@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -42,33 +43,47 @@ class Runner:
         trajectory.started_at.FromDatetime(datetime.now(UTC))
         return trajectory
 
-    async def run(self, trajectory: pb.Trajectory, on_turn: OnTurn) -> None:
+    async def run(self, trajectory: pb.Trajectory, on_turn: OnTurn, *, probe: bool = False) -> None:
         """Goes on from where the trajectory stands until it is finished; `on_turn` is awaited after each step.
 
+        `probe`: before each tool call the policy is also asked for the verdict that it would give without it.
         When the version that began the episode is gone, the episode starts anew on the current one: its token ids mean
         nothing to another policy.
         """
         while not isinstance(step := episode.next_step(trajectory), episode.Finished):
-            started = time.monotonic()
-            match step:
-                case episode.GenerateStep():
-                    try:
-                        generation = await self._generate(step)
-                    except NotFound:
-                        if await self._restarted(trajectory):
-                            continue
-                        # Its version may have been loaded a moment ago; else an image is gone, and this says so.
-                        generation = await self._generate(step)
-                    episode.add_generation(trajectory, generation, _since(started))
-                case episode.CropStep():
-                    observation = await self._crop(trajectory, step)
-                    episode.add_observation(trajectory, observation, _since(started))
-                case episode.QueryStep():
-                    observation = await self._query(trajectory, step)
-                    episode.add_observation(trajectory, observation, _since(started))
+            try:
+                await self._advance(trajectory, step, probe)
+            except NotFound:
+                if await self._restarted(trajectory):
+                    continue
+                # Its version may have been loaded a moment ago; else an image is gone, and this says so.
+                await self._advance(trajectory, step, probe)
             if trajectory.stop_reason:
                 trajectory.ended_at.FromDatetime(datetime.now(UTC))
             await on_turn(trajectory)
+
+    async def _advance(self, trajectory: pb.Trajectory, step: episode.Step, probe: bool) -> None:
+        started = time.monotonic()
+        if isinstance(step, episode.GenerateStep):
+            generation = await self._generate(step)
+            episode.add_generation(trajectory, generation, _since(started))
+            return
+        assert not isinstance(step, episode.Finished)
+        probing = asyncio.ensure_future(self._generate(episode.forced_step(trajectory))) if probe else None
+        try:
+            observation = await self._use_tool(trajectory, step)
+            latency = _since(started)
+            if probing is not None:
+                episode.add_probe(trajectory, await probing)
+        finally:
+            if probing is not None:
+                probing.cancel()
+        episode.add_observation(trajectory, observation, latency)
+
+    async def _use_tool(self, trajectory: pb.Trajectory, step: episode.CropStep | episode.QueryStep) -> pb.Observation:
+        return await (
+            self._crop(trajectory, step) if isinstance(step, episode.CropStep) else self._query(trajectory, step)
+        )
 
     async def _restarted(self, trajectory: pb.Trajectory) -> bool:
         """Starts the episode anew if the version that began it is no longer the current one."""

@@ -1,5 +1,7 @@
 """What an agent is told at its start."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from agentiad.v1 import trajectory_pb2 as pb
@@ -12,6 +14,9 @@ class AgentSettings(BusSettings, RedisSettings, RpcSettings):
     policy_address: Address = "127.0.0.1:50051"
     zoom_address: Address = "127.0.0.1:50052"
     retrieval_address: Address = "127.0.0.1:50053"
+    work: Literal["inspection", "rollout"] = (
+        "inspection"  # image events to verdicts, or rollout requests to trajectories
+    )
     max_in_flight: int = Field(default=32, ge=1)  # episodes at once; the policy batches across them
     max_turns: int = Field(default=6, ge=0)  # replies of the policy before its verdict is forced; 0: at once
     max_tool_calls: int = Field(default=3, ge=0)  # as the paper's code runs

@@ -54,3 +54,13 @@ def with_failures(topics: Mapping[str, TopicSpec]) -> dict[str, TopicSpec]:
         specs[retry(name)] = TopicSpec(spec.partitions, False, spec.message)
         specs[dlq(name)] = TopicSpec(1, False, spec.message)
     return specs
+
+
+def candidate_of(policy: str) -> str:
+    """The policy name under which a trainer publishes versions of `policy`: rollouts follow it, inspections don't."""
+    return f"{policy}-candidate"
+
+
+def policy_key(policy: str, version: str) -> str:
+    """Key of a PolicyPublished: compaction keeps every version that one may roll back to."""
+    return f"{policy}/{version}"

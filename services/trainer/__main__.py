@@ -26,8 +26,8 @@ def sft(
     preset: Annotated[
         str,
         typer.Option(
-            help="pocket: a small policy from nothing, on a laptop's CPU. pretrained: "
-            "the paper's settings for a large --base."
+            help="pocket: a small policy from nothing, on a laptop's CPU. pocket-undertrained: the same, stopped "
+            "early, for RL to begin from. pretrained: the paper's settings for a large --base."
         ),
     ] = "pocket",
     base: Annotated[Path | None, typer.Option(help="A checkpoint folder to go on from.")] = None,

@@ -4,8 +4,9 @@ Invariant: a weight above zero stands only on tokens that the policy itself choo
 or the forced opening of a turn.
 """
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from agentiad.v1 import trajectory_pb2 as pb
 from services.trainer.settings import TokenWeights
-from services.vlm.render import Renderer, TokenChunk
+from services.vlm.render import Chunk, Renderer, TokenChunk
 
 # What carries the decision in a reply: the verdict (at the start, when its opening was forced), numbers, the type.
 _VERDICT = re.compile(r'(?:^|"anomaly_present":)(true|false)')
@@ -34,6 +35,8 @@ class Example:
     patches: npt.NDArray[np.uint8]  # [patches of all images, channels x patch x patch]
     grids: npt.NDArray[np.int64]  # [images, 3]
     marks: npt.NDArray[np.float32]  # [m, 6]: image, label, box in the image; for the vision pretext
+    # [n], of rollouts: the log-probability of ids[i] under the policy that sampled it, where there is a weight.
+    behaviour: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Batch:
     targets: Tensor  # int64 [k]
     weights: Tensor  # float32 [k]
     marks: Tensor  # [m, 6], the image counted over the batch
+    rows: Tensor  # int64 [k]: the example of each weighted token
+    behaviour: Tensor  # float32 [k]; NaN where examples have none
 
 
 class PixelCodec:
@@ -74,28 +79,59 @@ def encode(
     codec: PixelCodec,
     weights: TokenWeights,
 ) -> Example:
-    """`images` in the order in which the episode shows them; `imitate`: of each assistant turn, is it to be learnt."""
+    """A demonstration. `images` in the order in which the episode shows them; `imitate`: of each assistant turn, shall
+    it be learnt.
+    """
     messages = [turn.message for turn in trajectory.turns]
-    chunks = renderer.render(messages, open_end=False)
     pixels = renderer.pixels(images)
-    ids = renderer.expand(chunks, pixels["image_grid_thw"])
-    said = _said(messages, imitate, renderer, weights)
+    grids = pixels["image_grid_thw"]
+    chunks = renderer.render(messages, open_end=False)
+    placed = _placed(chunks, grids, renderer, _said(messages, imitate, renderer, weights), 0.0)
+    return Example(
+        np.asarray(renderer.expand(chunks, grids), np.int32),
+        placed,
+        codec.pack(pixels["pixel_values"].numpy()),
+        grids.numpy(),
+        marks,
+    )
+
+
+def encode_rollout(
+    trajectory: pb.Trajectory,
+    patches: npt.NDArray[np.uint8],
+    grids: npt.NDArray[np.int64],
+    renderer: Renderer,
+) -> Example:
+    """A sampled episode: ids verbatim, weight 1 on each token that the policy chose. `patches` (packed) and `grids` of
+    all its images in their order.
+    """
+    chunks = renderer.render([turn.message for turn in trajectory.turns], open_end=False)
+    tensor = torch.from_numpy(grids)
+    chosen, behaviour = _sampled(trajectory, renderer)
+    return Example(
+        np.asarray(renderer.expand(chunks, tensor), np.int32),
+        _placed(chunks, tensor, renderer, iter(chosen), 0.0),
+        patches,
+        grids,
+        np.zeros((0, 6), np.float32),
+        _placed(chunks, tensor, renderer, iter(behaviour), np.nan),
+    )
+
+
+def _placed(
+    chunks: Sequence[Chunk], grids: Tensor, renderer: Renderer, said: Iterator[list[float]], elsewhere: float
+) -> npt.NDArray[np.float32]:
+    """[n]: what `said` has for each assistant chunk in turn, `elsewhere` for all other tokens."""
     placed: list[float] = []
-    grids = iter(pixels["image_grid_thw"])
+    remaining = iter(grids)
     for chunk in chunks:
         if not isinstance(chunk, TokenChunk):
-            placed += [0.0] * renderer.image_tokens(next(grids))
+            placed += [elsewhere] * renderer.image_tokens(next(remaining))
         elif chunk.assistant:
             placed += next(said)
         else:
-            placed += [0.0] * len(chunk.ids)
-    return Example(
-        np.asarray(ids, np.int32),
-        np.asarray(placed, np.float32),
-        codec.pack(pixels["pixel_values"].numpy()),
-        pixels["image_grid_thw"].numpy(),
-        marks,
-    )
+            placed += [elsewhere] * len(chunk.ids)
+    return np.asarray(placed, np.float32)
 
 
 def collate(examples: Sequence[Example], codec: PixelCodec, padding_id: int, image_token_id: int) -> Batch:
@@ -103,10 +139,13 @@ def collate(examples: Sequence[Example], codec: PixelCodec, padding_id: int, ima
     length = max(len(example.ids) for example in examples)
     ids = np.full((len(examples), length), padding_id, np.int64)
     weights = np.zeros((len(examples), length), np.float32)
+    behaviour = np.full((len(examples), length), np.nan, np.float32)
     marks, images = [], 0
     for row, example in enumerate(examples):
         ids[row, : len(example.ids)] = example.ids
         weights[row, : len(example.ids)] = example.weights
+        if example.behaviour is not None:
+            behaviour[row, : len(example.ids)] = example.behaviour
         marks.append(example.marks + np.array([images, 0, 0, 0, 0, 0], np.float32))
         images += len(example.grids)
     # The token at position i is predicted from position i - 1.
@@ -122,6 +161,8 @@ def collate(examples: Sequence[Example], codec: PixelCodec, padding_id: int, ima
         targets=torch.from_numpy(ids[rows, columns + 1]),
         weights=torch.from_numpy(weights[rows, columns + 1]),
         marks=torch.from_numpy(np.concatenate(marks)),
+        rows=torch.from_numpy(rows),
+        behaviour=torch.from_numpy(behaviour[rows, columns + 1]),
     )
 
 
@@ -136,7 +177,9 @@ def text_weights(text: str, offsets: Sequence[tuple[int, int]], weights: TokenWe
     ]
 
 
-def _said(messages: Sequence[pb.Message], imitate: Sequence[bool], renderer: Renderer, weights: TokenWeights) -> Any:
+def _said(
+    messages: Sequence[pb.Message], imitate: Sequence[bool], renderer: Renderer, weights: TokenWeights
+) -> Iterator[list[float]]:
     """Weights of each assistant chunk in turn: the segments of a message, then its end of turn."""
     turns = [message for message in messages if message.role == pb.ROLE_ASSISTANT]
     for message, learn in zip(turns, imitate, strict=True):
@@ -145,3 +188,23 @@ def _said(messages: Sequence[pb.Message], imitate: Sequence[bool], renderer: Ren
             encoding = renderer.processor.plain.encode(segment.text, add_special_tokens=False)
             yield text_weights(segment.text, encoding.offsets, weights) if own else [0.0] * len(encoding.ids)
         yield [weights.word if learn else 0.0]
+
+
+def _sampled(trajectory: pb.Trajectory, renderer: Renderer) -> tuple[list[list[float]], list[list[float]]]:
+    """Of each assistant chunk: 1 where the policy chose the token, and its log-probability there."""
+    chosen: list[list[float]] = []
+    behaviour: list[list[float]] = []
+    for turn in trajectory.turns:
+        if turn.message.role != pb.ROLE_ASSISTANT:
+            continue
+        said = turn.generation
+        for segment in turn.message.segments[:-1]:  # the forced beginning
+            forced = len(renderer.encode(segment.text))
+            chosen.append([0.0] * forced)
+            behaviour.append([math.nan] * forced)
+        chosen.append([float(own) for own in said.loss_mask])
+        behaviour.append(list(said.log_probabilities))
+        if said.token_ids[-1] != renderer.end_of_turn_id:  # then the renderer adds it
+            chosen.append([0.0])
+            behaviour.append([math.nan])
+    return chosen, behaviour

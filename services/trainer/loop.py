@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from services.trainer.batching import Batch, Example, PixelCodec, collate
-from services.trainer.losses import Coordinates, weighted_cross_entropy
+from services.trainer.losses import Coordinates, token_log_probabilities, weighted_loss
 from services.trainer.optimizer import make_optimizers
 from services.trainer.pretext import PretextHeads
 from services.trainer.settings import SftSettings
@@ -132,11 +132,8 @@ class Loop:
         return metrics
 
     def policy_loss(self, batch: Batch, sigma: float) -> Tensor:
-        # Qwen-VL models keep the offset of the last batch's positions.
-        self.model.model.rope_deltas = None
-        hidden = self.model.model(**batch.inputs, use_cache=False).last_hidden_state
-        logits = self.model.lm_head(hidden.flatten(0, 1)[batch.positions])
-        return weighted_cross_entropy(logits, batch.targets, batch.weights, self.coordinates, sigma)
+        logits = weighted_logits(self.model, batch)
+        return weighted_loss(token_log_probabilities(logits, batch.targets, self.coordinates, sigma), batch.weights)
 
     def _embeddings(self) -> Tensor | None:
         if self.coordinates is None:
@@ -179,6 +176,15 @@ class Loop:
         if by_length:
             rng.shuffle(batches)
         return batches
+
+
+def weighted_logits(model: Any, batch: Batch) -> Tensor:
+    """[k, vocabulary]: of the tokens that have a weight; the others' are never computed."""
+    # Qwen-VL models keep the offset of the last batch's positions.
+    model.model.rope_deltas = None
+    hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state
+    logits: Tensor = model.lm_head(hidden.flatten(0, 1)[batch.positions])
+    return logits
 
 
 def _coordinates(renderer: Renderer, model: Any) -> Coordinates | None:

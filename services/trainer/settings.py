@@ -20,6 +20,8 @@ class TokenWeights(BaseModel):
 # What differs from the defaults below, which make pocket.
 PRESETS: dict[str, dict[str, object]] = {
     "pocket": {},
+    # A quarter of the steps: a policy that has the habits and often errs, for RL to begin from.
+    "pocket-undertrained": {"samples": 5600, "epochs": 1.0, "pretext_steps": 500},
     # AgentIAD's own SFT of Qwen2.5-VL-3B (arXiv 2512.13671): tower frozen, lr 2e-5, warm-up 5 %, batch 16; AdamW.
     "pretrained": {
         "freeze_vision": True, "pretext_steps": 0, "muon_lr": 0.0, "adam_lr": 2e-5, "batch": 16, "warmup_steps": 50,

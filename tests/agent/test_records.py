@@ -14,7 +14,7 @@ from agentiad.v1 import events_pb2
 from agentiad.v1 import trajectory_pb2 as pb
 from services.agent.inspection import DecisionRule
 from services.agent.inspector import Inspector, connected, inspect_once
-from services.agent.records import Records
+from services.agent.records import RESULT_TTL_S, Records
 from services.agent.runner import Runner
 from services.agent.settings import AgentSettings
 from services.chassis.errors import Transient
@@ -25,16 +25,16 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def records(redis_url: str) -> AsyncIterator[Records]:
+async def records(redis_url: str) -> AsyncIterator[Records[events_pb2.InspectionCompleted]]:
     async with Redis.from_url(redis_url) as redis:
-        yield Records(redis)
+        yield Records(redis, events_pb2.InspectionCompleted, RESULT_TTL_S)
 
 
 def make_inspection(event_id: str, score: float) -> events_pb2.InspectionCompleted:
     return events_pb2.InspectionCompleted(event_id=event_id, raw_score=score)
 
 
-async def test_the_first_result_holds(records: Records) -> None:
+async def test_the_first_result_holds(records: Records[events_pb2.InspectionCompleted]) -> None:
     event_id = uuid.uuid4().hex
     assert await records.result(event_id) is None
     first, second = make_inspection(event_id, 0.1), make_inspection(event_id, 0.9)
@@ -43,7 +43,7 @@ async def test_the_first_result_holds(records: Records) -> None:
     assert await records.result(event_id) == first
 
 
-async def test_steps_are_kept_until_the_result(records: Records) -> None:
+async def test_steps_are_kept_until_the_result(records: Records[events_pb2.InspectionCompleted]) -> None:
     event_id = uuid.uuid4().hex
     assert await records.steps(event_id) is None
     trajectory = pb.Trajectory(episode_id=event_id, turns=[pb.Turn()])
@@ -55,7 +55,7 @@ async def test_steps_are_kept_until_the_result(records: Records) -> None:
 
 async def test_without_redis_the_event_waits() -> None:
     async with Redis.from_url("redis://127.0.0.1:1/0", socket_connect_timeout=1) as redis:
-        records = Records(redis)
+        records = Records(redis, events_pb2.InspectionCompleted, RESULT_TTL_S)
         for work in (
             records.result("e"),
             records.steps("e"),
@@ -66,7 +66,9 @@ async def test_without_redis_the_event_waits() -> None:
                 await work
 
 
-async def test_a_full_redis_makes_the_event_wait(redis_url: str, records: Records) -> None:
+async def test_a_full_redis_makes_the_event_wait(
+    redis_url: str, records: Records[events_pb2.InspectionCompleted]
+) -> None:
     async with Redis.from_url(redis_url) as redis:
         await redis.config_set("maxmemory", 1)
         try:
@@ -100,7 +102,7 @@ class CrashError(Exception):
     pass
 
 
-class CrashingRecords(Records):
+class CrashingRecords(Records[events_pb2.InspectionCompleted]):
     """Redis takes the step, then the agent dies."""
 
     async def save_steps(self, event_id: str, trajectory: pb.Trajectory) -> None:
@@ -117,8 +119,10 @@ async def test_an_episode_goes_on_where_it_was(stack: Stack, part: Sample, redis
     )
     async with Redis.from_url(redis_url) as redis:
         with pytest.raises(CrashError):
-            await inspect_once(inspector, CrashingRecords(redis), captured)
-        records = Records(redis)
+            await inspect_once(
+                inspector, CrashingRecords(redis, events_pb2.InspectionCompleted, RESULT_TTL_S), captured
+            )
+        records = Records(redis, events_pb2.InspectionCompleted, RESULT_TTL_S)
         before = await records.steps(captured.event_id)
         assert before is not None
         result = await inspect_once(inspector, records, captured)

@@ -4,11 +4,28 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from services.trainer.losses import Coordinates, smoothed, weighted_cross_entropy
+from services.trainer.losses import (
+    Clipping,
+    Coordinates,
+    policy_weights,
+    smoothed,
+    token_log_probabilities,
+    weighted_loss,
+)
 
 
 def make_logits(rows: int = 4, vocabulary: int = 12) -> torch.Tensor:
     return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0))
+
+
+def weighted_cross_entropy(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor,
+    coordinates: Coordinates | None = None,
+    sigma: float = 0.0,
+) -> torch.Tensor:
+    return weighted_loss(token_log_probabilities(logits, targets, coordinates, sigma), weights)
 
 
 def test_equal_weights_give_plain_cross_entropy() -> None:
@@ -57,3 +74,45 @@ def test_smoothed_targets_are_distributions_around_their_bin() -> None:
     assert torch.allclose(soft.sum(1), torch.ones(3))
     assert soft.argmax(1).tolist() == [0, 50, 100]
     assert soft[1, 52] == pytest.approx(soft[1, 50].item() * 0.6065, rel=1e-3)  # one sigma
+
+
+CLIPPING = Clipping(low=0.2, high=0.28, importance=2.0)
+
+
+def make_tokens(count: int = 400) -> dict[str, torch.Tensor]:
+    """Log-probabilities of tokens under four policies not far from each other, and advantages of both signs."""
+    random = torch.Generator().manual_seed(1)
+    current = -torch.rand(count, generator=random) * 3
+    near = {
+        name: (current + torch.randn(count, generator=random) * 0.4).clamp(max=0)
+        for name in ("proximal", "behaviour", "reference")
+    }
+    return {"current": current, **near, "advantages": torch.randn(count, generator=random)}
+
+
+def test_the_weights_have_the_gradient_of_the_clipped_objective() -> None:
+    tokens, kl = make_tokens(), 0.1
+    current = tokens["current"].clone().requires_grad_()
+    ratio = (current - tokens["proximal"]).exp()
+    bounded = ratio.clamp(1 - CLIPPING.low, 1 + CLIPPING.high)
+    importance = (tokens["proximal"] - tokens["behaviour"]).exp().clamp(max=CLIPPING.importance)
+    surrogate = importance * torch.minimum(ratio * tokens["advantages"], bounded * tokens["advantages"])
+    distance = tokens["reference"] - current
+    (kl * (distance.exp() - distance - 1) - surrogate).mean().backward()
+
+    ours = tokens["current"].clone().requires_grad_()
+    found = policy_weights(**tokens, clipping=CLIPPING, kl=kl)
+    weighted_loss(ours, found.weights, len(ours)).backward()
+    assert ours.grad is not None
+    assert current.grad is not None
+    torch.testing.assert_close(ours.grad, current.grad)
+    assert 0 < found.clipped.float().mean() < 1
+    assert 0 < found.truncated.float().mean() < 1
+
+
+def test_on_policy_a_tokens_weight_is_its_advantage() -> None:
+    tokens = make_tokens()
+    same = tokens["current"]
+    found = policy_weights(same, same, same, tokens["advantages"], CLIPPING, same, kl=0.1)
+    torch.testing.assert_close(found.weights, tokens["advantages"])
+    assert not found.clipped.any()

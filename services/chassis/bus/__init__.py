@@ -66,12 +66,25 @@ class Bus(Protocol):
         LookupError if one of the topics does not exist, Transient if the bus cannot be reached at the start."""
 
     def read(
-        self, topic: str, *, from_beginning: bool, stop: asyncio.Event, caught_up: asyncio.Event | None = None
+        self,
+        topic: str,
+        *,
+        from_beginning: bool,
+        stop: asyncio.Event,
+        caught_up: asyncio.Event | None = None,
+        offsets: Mapping[int, int] | None = None,
     ) -> AsyncIterator[Event]:
         """Every event of the topic, without a group and without commits, until `stop` is set; headers as they lie in
         the log. `from_beginning=False`: what is published after the first iteration began. `caught_up` is set when all
         that lay there at the first iteration was handed out and the next is asked for. Close it (contextlib.aclosing)
-        to end early."""
+        to end early.
+
+        offsets: partition → the next offset to read (an event's `offset` + 1), for the partitions that start there
+        whatever `from_beginning` says. Where retention has removed what lay there, the oldest that is kept comes first.
+
+        Raises LookupError at the first iteration if the topic or a partition of `offsets` does not exist, or if an
+        offset is none of that partition's: negative, or beyond the end. An offset beyond the end was read from a log
+        that has since lost events or was created anew; waiting there would skip what is published until then."""
 
     async def ensure_topics(self, topics: Mapping[str, TopicSpec]) -> None:
         """Create those that are missing of the topics, their `.retry` and their `.dlq`. Existing ones are left as they
@@ -88,6 +101,16 @@ def check_size(key: str, value: bytes, headers: Mapping[str, str]) -> None:
         raise BadInput(
             f"event of {size} bytes is larger than the limit of {MAX_EVENT_BYTES}; images travel by reference"
         )
+
+
+def check_offsets(topic: str, offsets: Mapping[int, int], ends: Mapping[int, int]) -> None:
+    """Raise LookupError if read() cannot start there. offsets and ends: partition → next offset; ends holds every
+    partition of the topic."""
+    for partition, offset in offsets.items():
+        if partition not in ends:
+            raise LookupError(f"topic {topic} has no partition {partition}, only 0 to {len(ends) - 1}")
+        if not 0 <= offset <= ends[partition]:
+            raise LookupError(f"partition {partition} of {topic} ends at {ends[partition]} and has no offset {offset}")
 
 
 def make_bus(settings: BusSettings) -> Bus:

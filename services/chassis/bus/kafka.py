@@ -23,7 +23,7 @@ from kafka.errors import (
     for_code,
 )
 
-from services.chassis.bus import Event, Handler, check_size
+from services.chassis.bus import Event, Handler, check_offsets, check_size
 from services.chassis.bus.delivery import Delivery
 from services.chassis.bus.failures import Record, RetryPolicy
 from services.chassis.bus.kafka_member import Member, to_event
@@ -93,12 +93,19 @@ class KafkaBus:
         await Member(config, topics, delivery, max_in_flight, grace_s=self._grace_s).run(stop)
 
     async def read(
-        self, topic: str, *, from_beginning: bool, stop: asyncio.Event, caught_up: asyncio.Event | None = None
+        self,
+        topic: str,
+        *,
+        from_beginning: bool,
+        stop: asyncio.Event,
+        caught_up: asyncio.Event | None = None,
+        offsets: Mapping[int, int] | None = None,
     ) -> AsyncIterator[Event]:
         thread = ThreadPoolExecutor(1, "kafka-read")
         call = partial(asyncio.get_running_loop().run_in_executor, thread)
-        consumer = await call(self._assigned, topic, from_beginning)
+        consumer = await call(self._reader)
         try:
+            await call(_assign, consumer, topic, from_beginning, offsets or {})
             ends = {} if caught_up is None else await call(_ends, consumer)
             while not stop.is_set():
                 if caught_up is not None and not caught_up.is_set() and await call(_has_reached, consumer, ends):
@@ -187,21 +194,17 @@ class KafkaBus:
             return topic not in admin.list_topics()
         return False
 
-    def _assigned(self, topic: str, from_beginning: bool) -> KafkaConsumer:
-        """A consumer without a group, with its positions settled: what is published from now on is after its end."""
+    def _reader(self) -> KafkaConsumer:
+        """A consumer without a group."""
         try:
-            consumer = KafkaConsumer(**self._common, enable_auto_commit=False, allow_auto_create_topics=False)
+            return KafkaConsumer(
+                **self._common,
+                enable_auto_commit=False,
+                auto_offset_reset="earliest",  # what retention has removed is skipped, and no more than that
+                allow_auto_create_topics=False,
+            )
         except KafkaError as error:
             raise Transient(f"no answer from Kafka: {error!r}") from error
-        partitions = [TopicPartition(topic, partition) for partition in consumer.partitions_for_topic(topic)]
-        if not partitions:
-            consumer.close()
-            raise LookupError(f"topic {topic} does not exist: create it with ensure_topics")
-        consumer.assign(partitions)
-        (consumer.seek_to_beginning if from_beginning else consumer.seek_to_end)()
-        for partition in partitions:
-            consumer.position(partition, timeout_ms=METADATA_DEADLINE_S * 1000)
-        return consumer
 
     def _create(self, topics: Mapping[str, TopicSpec]) -> None:
         """Partitions and configuration of the specs; replicas as the cluster's default says."""
@@ -224,8 +227,26 @@ def encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
+def _assign(consumer: KafkaConsumer, topic: str, from_beginning: bool, offsets: Mapping[int, int]) -> None:
+    """Give it the topic with its positions settled: what is published from now on is after its end."""
+    partitions = [TopicPartition(topic, partition) for partition in consumer.partitions_for_topic(topic)]
+    if not partitions:
+        raise LookupError(f"topic {topic} does not exist: create it with ensure_topics")
+    consumer.assign(partitions)
+    (consumer.seek_to_beginning if from_beginning else consumer.seek_to_end)()
+    if offsets:
+        check_offsets(topic, offsets, {partition.partition: end for partition, end in _ends(consumer).items()})
+        for partition, offset in offsets.items():
+            consumer.seek(TopicPartition(topic, partition), offset)
+    for partition in partitions:
+        consumer.position(partition, timeout_ms=METADATA_DEADLINE_S * 1000)
+
+
 def _ends(consumer: KafkaConsumer) -> dict[TopicPartition, int]:
-    ends: dict[TopicPartition, int] = consumer.end_offsets(consumer.assignment(), METADATA_DEADLINE_S * 1000)
+    try:
+        ends: dict[TopicPartition, int] = consumer.end_offsets(consumer.assignment(), METADATA_DEADLINE_S * 1000)
+    except KafkaError as error:
+        raise Transient(f"no answer from Kafka: {error!r}") from error
     return ends
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from services.chassis.bus import Event, Handler, check_size
+from services.chassis.bus import Event, Handler, check_offsets, check_size
 from services.chassis.bus.delivery import Delivery
 from services.chassis.bus.dispatcher import Source
 from services.chassis.bus.failures import Record, RetryPolicy
@@ -60,10 +60,19 @@ class SqliteBus:
             self._wakers.discard(member.wake)
 
     async def read(
-        self, topic: str, *, from_beginning: bool, stop: asyncio.Event, caught_up: asyncio.Event | None = None
+        self,
+        topic: str,
+        *,
+        from_beginning: bool,
+        stop: asyncio.Event,
+        caught_up: asyncio.Event | None = None,
+        offsets: Mapping[int, int] | None = None,
     ) -> AsyncIterator[Event]:
         sources = [Source(topic, partition) for partition in range(await self._count(topic))]
-        positions = {source: 0 if from_beginning else await self._call(SqliteLog.end, source) for source in sources}
+        ends = {source.partition: await self._call(SqliteLog.end, source) for source in sources}
+        check_offsets(topic, offsets or {}, ends)
+        starts = (dict.fromkeys(ends, 0) if from_beginning else ends) | dict(offsets or {})
+        positions = {source: starts[source.partition] for source in sources}
         published = asyncio.Event()
         self._wakers.add(published.set)
         pause_s = MIN_PAUSE_S

@@ -1,13 +1,14 @@
 """The two kinds of bus for the contract tests, and what the tests need around them."""
 
 import asyncio
+import sqlite3
 import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kafka import KafkaProducer
+from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
 
 from agentiad.v1.events_pb2 import ImageCaptured
 from services.chassis.bus import Bus, Event, Handler
@@ -50,6 +51,16 @@ class Store:
             log = SqliteLog(Path(self.place))
             log.append([(Record(topic, key, value, {}), log.partitions(topic) or 0)])
             log.close()
+
+    def remove(self, topic: str, partition: int, before: int) -> None:
+        """As retention does: the partition's events below the offset `before` are gone."""
+        if self.kind == "kafka":
+            with KafkaAdminClient(bootstrap_servers=self.place) as admin:
+                admin.delete_records({TopicPartition(topic, partition): before})
+        else:
+            with closing(sqlite3.connect(self.place)) as db, db:
+                where = "topic = ? AND partition = ? AND offset < ?"
+                db.execute(f"DELETE FROM log WHERE {where}", (topic, partition, before))
 
 
 def make_bus(kind: str, place: str, *, grace_s: float = 5.0) -> Bus:
@@ -107,6 +118,16 @@ async def read(bus: Bus, topic: str, number: int) -> list[Event]:
             if len(events) == number:
                 break
     return events
+
+
+async def read_all(
+    bus: Bus, topic: str, *, from_beginning: bool = True, offsets: Mapping[int, int] | None = None
+) -> list[Event]:
+    """What read() hands out until it has caught up."""
+    done = asyncio.Event()
+    async with asyncio.timeout(PATIENCE_S):
+        log = bus.read(topic, from_beginning=from_beginning, stop=done, caught_up=done, offsets=offsets)
+        return [event async for event in log]
 
 
 async def publish(bus: Bus, topic: str, *values: str, key: str = "k") -> None:

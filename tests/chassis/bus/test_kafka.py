@@ -8,7 +8,7 @@ import pytest
 from services.chassis.bus import Event
 from services.chassis.bus.kafka import KafkaBus
 from services.chassis.errors import Transient
-from tests.chassis.bus.stores import FAST, PATIENCE_S, Collector, Store, consuming, publish
+from tests.chassis.bus.stores import FAST, PATIENCE_S, Collector, Store, consuming, publish, read_all
 from tests.harness.kafka import Broker
 
 pytestmark = pytest.mark.kafka
@@ -90,6 +90,16 @@ async def test_static_members_come_back_to_their_partitions(store: Store) -> Non
         async with consuming(bus, topic, collector := Collector()):
             await collector.count(1)
         assert collector.values == [value.encode()]
+
+
+async def test_reading_goes_on_after_retention_has_removed_everything(store: Store) -> None:
+    """A reader that was away for longer than events are kept: its offset is older than the only one that is left."""
+    bus, topic = store.bus(), await store.topic(partitions=1)
+    await publish(bus, topic, *"abc")
+    store.remove(topic, 0, before=3)
+    assert not await read_all(bus, topic, offsets={0: 1})
+    await publish(bus, topic, "new")
+    assert [event.value for event in await read_all(bus, topic, offsets={0: 1})] == [b"new"]
 
 
 async def test_broker_may_be_away_for_seconds(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ Global___InspectionCompleted: _TypeAlias = InspectionCompleted  # noqa: Y015
 
 @_typing.final
 class RolloutRequested(_message.Message):
-    """agentiad.rollout-requests.v1, key: group."""
+    """agentiad.rollout-requests.v1, key: group and member, so that the members of a group spread over the agents."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -181,10 +181,20 @@ class RolloutRequested(_message.Message):
     GROUND_TRUTH_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    PROBE_VERDICTS_FIELD_NUMBER: _builtins.int
+    REWARD_PRESET_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
     group_id: _builtins.str
+    """Episodes of one task by one policy, to be compared with each other."""
     member: _builtins.int
+    """0 to group_size - 1."""
     group_size: _builtins.int
+    probe_verdicts: _builtins.bool
+    """Ask the policy for a forced verdict before each of its tool calls, so that the reward can tell what the call was
+    worth.
+    """
+    reward_preset: _builtins.str
+    """What scores it; see ScoreRequest."""
     @_builtins.property
     def task(self) -> _trajectory_pb2.Task: ...
     @_builtins.property
@@ -204,10 +214,12 @@ class RolloutRequested(_message.Message):
         ground_truth: _trajectory_pb2.GroundTruth | None = ...,
         sampling: _trajectory_pb2.Sampling | None = ...,
         limits: _trajectory_pb2.Limits | None = ...,
+        probe_verdicts: _builtins.bool = ...,
+        reward_preset: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ground_truth", b"ground_truth", "limits", b"limits", "sampling", b"sampling", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_id", b"event_id", "ground_truth", b"ground_truth", "group_id", b"group_id", "group_size", b"group_size", "limits", b"limits", "member", b"member", "sampling", b"sampling", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_id", b"event_id", "ground_truth", b"ground_truth", "group_id", b"group_id", "group_size", b"group_size", "limits", b"limits", "member", b"member", "probe_verdicts", b"probe_verdicts", "reward_preset", b"reward_preset", "sampling", b"sampling", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -225,10 +237,12 @@ class TrajectoryCompleted(_message.Message):
     GROUP_SIZE_FIELD_NUMBER: _builtins.int
     GROUND_TRUTH_FIELD_NUMBER: _builtins.int
     TRAJECTORY_FIELD_NUMBER: _builtins.int
+    REWARD_PRESET_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
     group_id: _builtins.str
     member: _builtins.int
     group_size: _builtins.int
+    reward_preset: _builtins.str
     @_builtins.property
     def ground_truth(self) -> _trajectory_pb2.GroundTruth: ...
     @_builtins.property
@@ -242,10 +256,11 @@ class TrajectoryCompleted(_message.Message):
         group_size: _builtins.int = ...,
         ground_truth: _trajectory_pb2.GroundTruth | None = ...,
         trajectory: _trajectory_pb2.Trajectory | None = ...,
+        reward_preset: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ground_truth", b"ground_truth", "trajectory", b"trajectory"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_id", b"event_id", "ground_truth", b"ground_truth", "group_id", b"group_id", "group_size", b"group_size", "member", b"member", "trajectory", b"trajectory"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_id", b"event_id", "ground_truth", b"ground_truth", "group_id", b"group_id", "group_size", b"group_size", "member", b"member", "reward_preset", b"reward_preset", "trajectory", b"trajectory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -282,7 +297,9 @@ Global___TrajectoryScored: _TypeAlias = TrajectoryScored  # noqa: Y015
 
 @_typing.final
 class PolicyPublished(_message.Message):
-    """agentiad.policies.v1 (compacted), key: policy name."""
+    """agentiad.policies.v1 (compacted), key: policy name and version, so that compaction keeps every version that one may roll
+    back to. The last event of a policy is the version to serve.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -315,6 +332,7 @@ class PolicyPublished(_message.Message):
     PUBLISHED_AT_FIELD_NUMBER: _builtins.int
     event_id: _builtins.str
     policy: _builtins.str
+    """A trainer publishes NAME-candidate, which rollouts follow; promoting a version publishes it as NAME."""
     version: _builtins.str
     checkpoint_uri: _builtins.str
     """A checkpoint folder under an allowed root."""

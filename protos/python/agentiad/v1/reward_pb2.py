@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from agentiad.v1 import trajectory_pb2 as agentiad_dot_v1_dot_trajectory__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61gentiad/v1/reward.proto\x12\x0b\x61gentiad.v1\x1a\x1c\x61gentiad/v1/trajectory.proto\"m\n\x0cScoreRequest\x12-\n\x0ctrajectories\x18\x01 \x03(\x0b\x32\x17.agentiad.v1.Trajectory\x12.\n\x0cground_truth\x18\x02 \x01(\x0b\x32\x18.agentiad.v1.GroundTruth\"5\n\rScoreResponse\x12$\n\x07rewards\x18\x01 \x03(\x0b\x32\x13.agentiad.v1.Reward\"\x93\x01\n\x06Reward\x12\r\n\x05total\x18\x01 \x01(\x01\x12\x37\n\ncomponents\x18\x02 \x03(\x0b\x32#.agentiad.v1.Reward.ComponentsEntry\x12\x0e\n\x06preset\x18\x03 \x01(\t\x1a\x31\n\x0f\x43omponentsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32O\n\rRewardService\x12>\n\x05Score\x12\x19.agentiad.v1.ScoreRequest\x1a\x1a.agentiad.v1.ScoreResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x61gentiad/v1/reward.proto\x12\x0b\x61gentiad.v1\x1a\x1c\x61gentiad/v1/trajectory.proto\"}\n\x0cScoreRequest\x12-\n\x0ctrajectories\x18\x01 \x03(\x0b\x32\x17.agentiad.v1.Trajectory\x12.\n\x0cground_truth\x18\x02 \x01(\x0b\x32\x18.agentiad.v1.GroundTruth\x12\x0e\n\x06preset\x18\x03 \x01(\t\"5\n\rScoreResponse\x12$\n\x07rewards\x18\x01 \x03(\x0b\x32\x13.agentiad.v1.Reward\"\x93\x01\n\x06Reward\x12\r\n\x05total\x18\x01 \x01(\x01\x12\x37\n\ncomponents\x18\x02 \x03(\x0b\x32#.agentiad.v1.Reward.ComponentsEntry\x12\x0e\n\x06preset\x18\x03 \x01(\t\x1a\x31\n\x0f\x43omponentsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x32O\n\rRewardService\x12>\n\x05Score\x12\x19.agentiad.v1.ScoreRequest\x1a\x1a.agentiad.v1.ScoreResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,13 +35,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REWARD_COMPONENTSENTRY']._loaded_options = None
   _globals['_REWARD_COMPONENTSENTRY']._serialized_options = b'8\001'
   _globals['_SCOREREQUEST']._serialized_start=71
-  _globals['_SCOREREQUEST']._serialized_end=180
-  _globals['_SCORERESPONSE']._serialized_start=182
-  _globals['_SCORERESPONSE']._serialized_end=235
-  _globals['_REWARD']._serialized_start=238
-  _globals['_REWARD']._serialized_end=385
-  _globals['_REWARD_COMPONENTSENTRY']._serialized_start=336
-  _globals['_REWARD_COMPONENTSENTRY']._serialized_end=385
-  _globals['_REWARDSERVICE']._serialized_start=387
-  _globals['_REWARDSERVICE']._serialized_end=466
+  _globals['_SCOREREQUEST']._serialized_end=196
+  _globals['_SCORERESPONSE']._serialized_start=198
+  _globals['_SCORERESPONSE']._serialized_end=251
+  _globals['_REWARD']._serialized_start=254
+  _globals['_REWARD']._serialized_end=401
+  _globals['_REWARD_COMPONENTSENTRY']._serialized_start=352
+  _globals['_REWARD_COMPONENTSENTRY']._serialized_end=401
+  _globals['_REWARDSERVICE']._serialized_start=403
+  _globals['_REWARDSERVICE']._serialized_end=482
 # @@protoc_insertion_point(module_scope)

@@ -25,6 +25,11 @@ class ScoreRequest(_message.Message):
 
     TRAJECTORIES_FIELD_NUMBER: _builtins.int
     GROUND_TRUTH_FIELD_NUMBER: _builtins.int
+    PRESET_FIELD_NUMBER: _builtins.int
+    preset: _builtins.str
+    """gated, paper or paper-as-run; after it, each with a minus, the components that shall count nothing: gated-type-format.
+    Empty: gated. INVALID_ARGUMENT: unknown.
+    """
     @_builtins.property
     def trajectories(self) -> _containers.RepeatedCompositeFieldContainer[_trajectory_pb2.Trajectory]:
         """The members of one group: some components look at the whole group."""
@@ -36,10 +41,11 @@ class ScoreRequest(_message.Message):
         *,
         trajectories: _abc.Iterable[_trajectory_pb2.Trajectory] | None = ...,
         ground_truth: _trajectory_pb2.GroundTruth | None = ...,
+        preset: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ground_truth", b"ground_truth"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ground_truth", b"ground_truth", "trajectories", b"trajectories"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ground_truth", b"ground_truth", "preset", b"preset", "trajectories", b"trajectories"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -96,7 +102,7 @@ class Reward(_message.Message):
     PRESET_FIELD_NUMBER: _builtins.int
     total: _builtins.float
     preset: _builtins.str
-    """The preset and version that made it."""
+    """The preset that made it, as it was asked for."""
     @_builtins.property
     def components(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Component name → its share of the total."""

@@ -453,6 +453,11 @@ class Turn(_message.Message):
     TOOL_CALL_FIELD_NUMBER: _builtins.int
     OBSERVATION_FIELD_NUMBER: _builtins.int
     LATENCY_FIELD_NUMBER: _builtins.int
+    FORCED_ANOMALY_PROBABILITY_FIELD_NUMBER: _builtins.int
+    forced_anomaly_probability: _builtins.float
+    """Turns of rollouts that called a tool: the anomaly probability of the verdict that the policy gave when it was forced
+    to answer instead. Absent: not asked for.
+    """
     @_builtins.property
     def message(self) -> Global___Message:
         """As it was shown to the policy; for the assistant: its own token ids, verbatim."""
@@ -481,12 +486,15 @@ class Turn(_message.Message):
         tool_call: Global___ToolCall | None = ...,
         observation: Global___Observation | None = ...,
         latency: _duration_pb2.Duration | None = ...,
+        forced_anomaly_probability: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "latency", b"latency", "message", b"message", "observation", b"observation", "tool_call", b"tool_call"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_forced_anomaly_probability", b"_forced_anomaly_probability", "forced_anomaly_probability", b"forced_anomaly_probability", "generation", b"generation", "latency", b"latency", "message", b"message", "observation", b"observation", "tool_call", b"tool_call"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "latency", b"latency", "message", b"message", "observation", b"observation", "tool_call", b"tool_call"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_forced_anomaly_probability", b"_forced_anomaly_probability", "forced_anomaly_probability", b"forced_anomaly_probability", "generation", b"generation", "latency", b"latency", "message", b"message", "observation", b"observation", "tool_call", b"tool_call"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__forced_anomaly_probability: _TypeAlias = _typing.Literal["forced_anomaly_probability"]  # noqa: Y015
+    _WhichOneofArgType__forced_anomaly_probability: _TypeAlias = _typing.Literal["_forced_anomaly_probability", b"_forced_anomaly_probability"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__forced_anomaly_probability) -> _WhichOneofReturnType__forced_anomaly_probability | None: ...
 
 Global___Turn: _TypeAlias = Turn  # noqa: Y015
 
