@@ -56,13 +56,15 @@ def test_every_service_has_the_same_rooms(package: str) -> None:
 @pytest.mark.parametrize(
     "module",
     ["agent/protocol.py", "agent/episode.py", "agent/inspection.py", "zoom/crop.py", "zoom/compare.py",
-     "zoom/registration.py", "evaluation/metrics.py", "cli/evidence.py"],
+     "zoom/registration.py", "evaluation/metrics.py", "cli/evidence.py", "reward/boxes.py", "reward/gated.py",
+     "reward/groups.py", "reward/naming.py", "reward/paper.py", "reward/presets.py", "reward/reading.py",
+     "reward/scoring.py"],
 )  # fmt: skip
 def test_pure_modules_know_no_wire(module: str) -> None:
     assert not {name.split(".")[0] for name in imported(SERVICES / module)} & WIRE
 
 
-@pytest.mark.parametrize("service", ["agent", "zoom"])
+@pytest.mark.parametrize("service", ["agent", "reward", "zoom"])
 def test_services_without_a_model_carry_no_torch(service: str) -> None:
     used = {name.split(".")[0] for path in (SERVICES / service).rglob("*.py") for name in imported(path)}
     assert not used & {"torch", "transformers"}

@@ -5,12 +5,17 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from services.cli import problems
-from services.trainer.__main__ import app as train_app
+from services.data.__main__ import app as data_app
+from services.trainer.__main__ import make_app as make_train_app
+
+if TYPE_CHECKING:
+    # It exists for the type checker only: pydantic takes a while.
+    from services.trainer.settings import RlSettings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,15 +23,27 @@ app = typer.Typer(
     help="An inspection agent for factories: it looks, zooms, compares with normal parts and decides.\n\n"
     "Start with [bold]agentiad demo[/bold], then [bold]agentiad inspect my_pictures/ --normals good_ones/[/bold].",
 )
+
+
+def _run_rl(settings: RlSettings, replay: str) -> None:
+    from services.cli import training
+
+    training.run_rl(settings, replay)
+
+
 exemplars_app = typer.Typer(no_args_is_help=True, help="The library of normal images that parts are compared with.")
+policy_app = typer.Typer(no_args_is_help=True, help="Which published version of the policy inspections run on.")
 app.add_typer(exemplars_app, name="exemplars")
-app.add_typer(train_app, name="train")
+app.add_typer(policy_app, name="policy")
+app.add_typer(make_train_app(_run_rl), name="train")
+app.add_typer(data_app, name="data")
 
 Category = Annotated[str, typer.Option("--category", "-c", help="The product in the pictures, e.g. bare_pcb.")]
 Model = Annotated[Path | None, typer.Option(help="A checkpoint folder of any transformers image-text-to-text model; "
                                                  "default: pocket, the one that ships with AgentIAD.")]  # fmt: skip
 DataDir = Annotated[Path, typer.Option(envvar="DATA_DIR", help="Where library, embedded bus, drawn images and traces "
                                                                "are kept.")]  # fmt: skip
+PolicyName = Annotated[str, typer.Option("--policy", help="The name that inspections follow (POLICY_NAME).")]
 
 
 @app.command()
@@ -161,6 +178,54 @@ def exemplars_remove(
     from services.cli import exemplars as command
 
     raise typer.Exit(command.remove(category, sha256 or [], everything, data_dir))
+
+
+@policy_app.command("list")
+def policy_list(
+    policy: PolicyName = "policy",
+    json_lines: Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")] = False,
+    data_dir: DataDir = Path("out"),
+) -> None:
+    """List the versions in order of publication: which is live, which was, which are candidates; their evaluation."""
+    from services.cli import policies as command
+
+    command.show(policy, json_lines, data_dir)
+
+
+@policy_app.command("promote")
+def policy_promote(
+    version: Annotated[str, typer.Argument(help="A candidate, as `list` shows it.")],
+    policy: PolicyName = "policy",
+    evaluation_set: Annotated[
+        Literal["procedural"], typer.Option("--set", help="What both inspect: parts that no training saw.")
+    ] = "procedural",
+    margin: Annotated[
+        float, typer.Option(min=0, max=1, help="What it may lose in balanced accuracy, with 97.5 % confidence.")
+    ] = 0.02,
+    data_dir: DataDir = Path("out"),
+) -> None:
+    """Let inspections run on a candidate, if it is not worse than the live version.
+
+    Both inspect the same parts, in this process. Exit status 1 if it is not shown that the candidate is no worse.
+    Checkpoints are read from where the policy services may read them (CHECKPOINT, CHECKPOINT_ROOTS).
+    """
+    from services.cli import policies as command
+
+    raise typer.Exit(command.promote(version, policy, evaluation_set, margin, data_dir))
+
+
+@policy_app.command("rollback")
+def policy_rollback(
+    version: Annotated[
+        str | None, typer.Argument(help="One that was live before; default: the one before the live one.")
+    ] = None,
+    policy: PolicyName = "policy",
+    data_dir: DataDir = Path("out"),
+) -> None:
+    """Let inspections run on a version that was live before. It has passed its test then."""
+    from services.cli import policies as command
+
+    command.rollback(version, policy, data_dir)
 
 
 def main() -> None:

@@ -25,7 +25,10 @@ _MAX_RAW_CHARACTERS = 2_000
 
 @dataclass(frozen=True)
 class Row:
-    """An image: its inspection, or why there is none. `evidence` and `trace`: files, relative to the page."""
+    """An image: its inspection, or why there is none. `evidence` and `trace`: files, relative to the page.
+
+    `labels` stand beside its name. `facts`, with a label each, take the place of threshold and latency.
+    """
 
     name: str
     inspection: events_pb2.InspectionCompleted | None = None
@@ -33,6 +36,8 @@ class Row:
     truth: pb.GroundTruth | None = None
     evidence: str | None = None
     trace: str | None = None
+    labels: tuple[str, ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Summary:
     note: str = ""
     categories: tuple[Result, ...] = ()
     total: Result | None = None
+    things: str = "images"  # what the rows are
 
 
 # What the page can be filtered by: class and words.
@@ -87,6 +93,7 @@ class _Words:
     saw: str = ""
     raw: str = ""  # a reply that could not be read
     is_error: bool = False
+    forced: str = ""  # the probability that it would have answered with instead of calling
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,7 @@ class _Entry:
     score: str = ""
     descriptions: tuple[str, ...] = ()
     turns: tuple[_Words, ...] = ()
+    labels: tuple[str, ...] = ()
     facts: tuple[tuple[str, str], ...] = ()
 
 
@@ -134,12 +142,19 @@ def _entry(row: Row) -> _Entry:
         score=f"{inspection.raw_score:.3f}" if inspection.HasField("raw_score") else "none",
         descriptions=tuple(inspection.verdict.visual_descriptions),
         turns=_turns(trajectory),
+        labels=row.labels,
         facts=(
-            ("threshold", f"{inspection.threshold:.2f} ± {inspection.review_band:.2f}"),
-            ("latency", _seconds(inspection.latency.ToTimedelta())),
+            *(row.facts or _rule(inspection)),
             ("ended", story.STOP_REASONS[trajectory.stop_reason]),
             ("policy", inspection.policy_version or "unknown"),
         ),
+    )
+
+
+def _rule(inspection: events_pb2.InspectionCompleted) -> tuple[tuple[str, str], ...]:
+    return (
+        ("threshold", f"{inspection.threshold:.2f} ± {inspection.review_band:.2f}"),
+        ("latency", _seconds(inspection.latency.ToTimedelta())),
     )
 
 
@@ -154,6 +169,7 @@ def _turns(trajectory: pb.Trajectory) -> tuple[_Words, ...]:
             saw=_saw(step.observation),
             raw="" if step.call else step.reply[:_MAX_RAW_CHARACTERS],
             is_error=step.observation is None or not step.observation.HasField("image"),
+            forced="" if step.forced is None else f"{step.forced:.3f}",
         )
         for step in told.steps
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
+from agentiad.v1 import events_pb2
 from agentiad.v1 import trajectory_pb2 as pb
 from services.chassis.images import ImageStore
 from services.cli.evidence import evidence
@@ -28,20 +29,27 @@ def write_trace(directory: Path, outcome: Outcome) -> Path | None:
     return path
 
 
+def write_evidence(
+    out: Path, name: str, inspection: events_pb2.InspectionCompleted, store: ImageStore, truth: pb.GroundTruth | None
+) -> str:
+    """Draws the picture of an inspection under `out`; returns its file, relative to `out`. `name`: without a suffix."""
+    file = Path("evidence", name + ".jpg")
+    (out / file).parent.mkdir(parents=True, exist_ok=True)
+    picture = evidence(inspection, lambda reference: store.load(pb.Image(reference=reference)), truth)
+    # JPEG: a quarter of a PNG's size and forty times as fast to write.
+    picture.save(out / file, quality=88)
+    return str(file)
+
+
 def write_report(out: Path, outcomes: Sequence[Outcome], store: ImageStore, summary: Summary | None = None) -> Path:
     """The page and its pictures, beside traces that are there already. Returns the page's path."""
-    pictures = out / "evidence"
-    pictures.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, outcome in enumerate(outcomes):
         file = trace = None
         if outcome.inspection is not None:
-            file = f"evidence/{number:04d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', outcome.item.path.stem)[:80]}.jpg"
-            picture = evidence(
-                outcome.inspection, lambda reference: store.load(pb.Image(reference=reference)), outcome.item.truth
-            )
-            # JPEG: a quarter of a PNG's size and forty times as fast to write.
-            picture.save(out / file, quality=88)
+            name = f"{number:04d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', outcome.item.path.stem)[:80]}"
+            file = write_evidence(out, name, outcome.inspection, store, outcome.item.truth)
             trace = f"{TRACES}/{outcome.inspection.event_id}.json"
         rows.append(Row(outcome.item.name, outcome.inspection, outcome.error, outcome.item.truth, file, trace))
     page = out / "index.html"

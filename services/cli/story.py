@@ -40,6 +40,7 @@ class Step:
     observation: pb.Observation | None
     thinking: timedelta
     seeing: timedelta
+    forced: float | None  # the probability of an anomaly when it was asked to answer instead of calling
 
     @property
     def title(self) -> str:
@@ -75,7 +76,8 @@ def tell(trajectory: pb.Trajectory) -> Story:
             continue
         seen = after.observation if after is not None and after.HasField("observation") else None
         seeing = after.latency.ToTimedelta() if after is not None else timedelta()
-        steps.append(Step(len(steps) + 1, reply, call, seen, latency, seeing))
+        forced = turn.forced_anomaly_probability if turn.HasField("forced_anomaly_probability") else None
+        steps.append(Step(len(steps) + 1, reply, call, seen, latency, seeing, forced))
     return Story(tuple(steps), answer, answering)
 
 

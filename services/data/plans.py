@@ -13,6 +13,7 @@ from services.data import procedural
 from services.data.layouts import LAYOUTS
 from services.data.readers import Sample
 from services.data.trajectories import Box, Demonstration, Demonstrator, Subject, random_place
+from services.data.words import Words
 from services.zoom.registration import register
 
 
@@ -34,10 +35,15 @@ class Shares:
 
 
 def demonstrate(
-    subject: Subject, rng: np.random.Generator, view: pb.ComparisonView.ValueType, name: str, shares: Shares
+    subject: Subject,
+    rng: np.random.Generator,
+    view: pb.ComparisonView.ValueType,
+    name: str,
+    shares: Shares,
+    words: Words = Words.PLAIN,
 ) -> Demonstration:
-    """One episode on the subject."""
-    inspector = Demonstrator(subject, rng, view, name)
+    """One episode on the subject. `words` changes nothing but the thoughts."""
+    inspector = Demonstrator(subject, rng, view, name, words)
     draw = rng.uniform()
     if draw < shares.forced:
         return _forced(inspector, rng)

@@ -16,6 +16,7 @@ from agentiad.v1 import trajectory_pb2 as pb
 from agentiad.v1.policy_pb2 import PolicyCard
 from services.agent import episode, protocol
 from services.data import words
+from services.data.words import Words
 from services.zoom import compare, crop
 from services.zoom.registration import Registration, register
 
@@ -74,9 +75,14 @@ class Demonstrator:
     """Plays one episode on a subject. Each method is one thing that an inspector may do."""
 
     def __init__(
-        self, subject: Subject, rng: np.random.Generator, view: pb.ComparisonView.ValueType, episode_id: str
+        self,
+        subject: Subject,
+        rng: np.random.Generator,
+        view: pb.ComparisonView.ValueType,
+        episode_id: str,
+        words: Words = Words.PLAIN,
     ) -> None:
-        self.subject, self.rng, self.looks = subject, rng, 0
+        self.subject, self.rng, self.words, self.looks = subject, rng, words, 0
         task = pb.Task(image=_claim("part", subject.image), category=subject.category)
         card = PolicyCard(categories=[subject.category], comparison_view=view)
         trajectory = episode.begin(episode_id, task, _LIMITS, pb.Sampling(), card)
@@ -106,17 +112,18 @@ class Demonstrator:
         """Zooms on `target`, or with `miss` somewhere else, which the policy is not to imitate."""
         box = self._elsewhere(target) if miss else self._framed(target)
         say = words.check_difference if self.aligned and not again else words.look_again if again else words.look_closer
-        self._say(protocol.crop_reply(say(self.rng), box), imitate=not miss)
+        self._say(protocol.crop_reply(say(self.rng, self.words), box), imitate=not miss)
 
     def look_at_all(self) -> None:
-        self._say(protocol.crop_reply(words.whole(self.rng), (0.1, 0.1, 0.9, 0.9)))
+        self._say(protocol.crop_reply(words.whole(self.rng, self.words), (0.1, 0.1, 0.9, 0.9)))
 
     def query(self) -> None:
-        self._say(protocol.query_reply(words.compare(self.rng, self.looks > 0)))
+        self._say(protocol.query_reply(words.compare(self.rng, self.words, self.looks > 0)))
 
     def answer(self) -> Demonstration:
         refused = bool(self.demonstration.trajectory.turns[-1].observation.tool_error)
-        self._say(protocol.answer_reply(words.decide(self.rng, self.looks > 0, refused), self._verdict()))
+        thought = words.decide(self.rng, self.words, self.looks > 0, refused)
+        self._say(protocol.answer_reply(thought, self._verdict()))
         return self.demonstration
 
     def forced_answer(self) -> Demonstration:

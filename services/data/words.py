@@ -3,11 +3,22 @@
 A thought before an answer never gives the verdict away: the decision falls at the verdict token, whose probability is
 the raw score of the inspection. What was seen is told after it, in the descriptions. Nor does a thought name a place:
 the box does, and a small policy would else learn the box from the words instead of the picture.
+`Words` chooses between few fixed sentences and composed ones; the choice changes nothing but the words.
 """
+
+from enum import Enum
 
 import numpy as np
 
+from services.data import phrases
+
 Box = tuple[float, float, float, float]
+
+
+class Words(Enum):
+    PLAIN = "plain"  # few short sentences: a policy of pocket's size spends little on them
+    VARIED = "varied"  # composed from parts: too many to be memorised
+
 
 _LOOK_CLOSER = (
     "Something draws the eye. Look closer.",
@@ -66,33 +77,43 @@ def place(box: Box) -> str:
     return side if row == 1 else f"{('upper', '', 'lower')[row]} {side}"
 
 
-def look_closer(rng: np.random.Generator) -> str:
-    return _pick(rng, _LOOK_CLOSER)
+def look_closer(rng: np.random.Generator, words: Words) -> str:
+    return _say(rng, words, "look_closer", _LOOK_CLOSER)
 
 
-def look_again(rng: np.random.Generator) -> str:
-    return _pick(rng, _LOOK_AGAIN)
+def look_again(rng: np.random.Generator, words: Words) -> str:
+    return _say(rng, words, "look_again", _LOOK_AGAIN)
 
 
-def check_difference(rng: np.random.Generator) -> str:
-    return _pick(rng, _CHECK_DIFFERENCE)
+def check_difference(rng: np.random.Generator, words: Words) -> str:
+    return _say(rng, words, "check_difference", _CHECK_DIFFERENCE)
 
 
-def compare(rng: np.random.Generator, looked: bool) -> str:
-    return _pick(rng, _COMPARE_DETAIL if looked else _COMPARE)
+def compare(rng: np.random.Generator, words: Words, looked: bool) -> str:
+    if looked:
+        return _say(rng, words, "compare_detail", _COMPARE_DETAIL)
+    return _say(rng, words, "compare", _COMPARE)
 
 
-def whole(rng: np.random.Generator) -> str:
-    return _pick(rng, _WHOLE)
+def whole(rng: np.random.Generator, words: Words) -> str:
+    return _say(rng, words, "whole", _WHOLE)
 
 
-def decide(rng: np.random.Generator, looked: bool, refused: bool = False) -> str:
-    return _pick(rng, _NO_EXEMPLAR if refused else _DECIDE if looked else _FIRST_GLANCE)
+def decide(rng: np.random.Generator, words: Words, looked: bool, refused: bool = False) -> str:
+    if refused:
+        return _say(rng, words, "no_exemplar", _NO_EXEMPLAR)
+    return _say(rng, words, "decide", _DECIDE) if looked else _say(rng, words, "first_glance", _FIRST_GLANCE)
 
 
 def describe(rng: np.random.Generator, kind: str, box: Box) -> str:
     known = _DESCRIPTIONS.get(kind)
     return f"{_pick(rng, known) if known else kind.replace('_', ' ')}, {place(box)}"
+
+
+def _say(rng: np.random.Generator, words: Words, situation: str, plain: tuple[str, ...]) -> str:
+    # The same draw whichever words are chosen, so that the episode around them stays the same.
+    sentence = _pick(rng, plain)
+    return sentence if words is Words.PLAIN else phrases.compose(rng.spawn(1)[0], situation)
 
 
 def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:

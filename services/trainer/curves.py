@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +24,14 @@ _DPI = 110
 _INK, _SOFT, _LINE, _PAPER = "#111827", "#6B7280", "#DFE2E7", "#F8F9FB"
 # One a group, then again from the first.
 _COLOURS = ("#2563EB", "#15803D", "#B45309", "#9333EA", "#0891B2", "#DB2777", "#4F46E5", "#0F766E", "#DC2626")
-# Of the average so far at each further step: what is left of noise is a quarter or so.
-_INERTIA = 0.85
+# A run over the width of the average, which thus looks alike in short and in long runs.
+_SMOOTHNESS = 40
 
 Points = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """Metrics of one group in a row of panels. `column`: of its first panel."""
 
     group: str
@@ -45,7 +46,7 @@ def draw(metrics: Path, target: Path) -> None:
     from matplotlib.figure import Figure
 
     series = read_series(metrics)
-    blocks = _arranged(list(series))
+    blocks = arranged(list(series))
     rows = max((block.row + 1 for block in blocks), default=1)
     size = (2 * _MARGIN + _COLUMNS * _CELL[0], _TOP + rows * _CELL[1] + _MARGIN)
     figure = Figure(figsize=size, dpi=_DPI, facecolor="white")
@@ -76,34 +77,43 @@ def read_series(path: Path) -> dict[str, Points]:
     return series
 
 
-def smoothed(values: Sequence[float]) -> Iterator[float]:
-    """An exponential moving average that knows no value before the first."""
-    total = weight = 0.0
-    for value in values:
-        total = _INERTIA * total + (1 - _INERTIA) * value
-        weight = _INERTIA * weight + (1 - _INERTIA)
-        yield total / weight
+def smoothed(values: Sequence[float]) -> list[float]:
+    """The mean around each value, weighted by exp(-|distance| / width): of both sides, so that it does not lag."""
+    decay = math.exp(-_SMOOTHNESS / max(len(values), _SMOOTHNESS))
+    sums = _both_sides(values, decay)
+    weights = _both_sides([1.0] * len(values), decay)
+    return [total / weight for total, weight in zip(sums, weights, strict=True)]
 
 
-def _arranged(names: Sequence[str]) -> list[_Block]:
-    """Each group in a row of its own, or in what an earlier row has left; a large one over several."""
+def _both_sides(values: Sequence[float], decay: float) -> list[float]:
+    """For each value the sum of all, each multiplied by decay ** distance."""
+    before = list(accumulate(values, lambda total, value: decay * total + value))
+    after = list(accumulate(reversed(values), lambda total, value: decay * total + value))[::-1]
+    # The value itself is in both.
+    return [b + a - value for b, a, value in zip(before, after, values, strict=True)]
+
+
+def arranged(names: Sequence[str]) -> list[Block]:
+    """Each group in a row of its own, or in what an earlier row has left; a large one over several, downwards."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(name.split("/")[0], []).append(name)
-    blocks: list[_Block] = []
+    blocks: list[Block] = []
     used: list[int] = []
     for i, (group, members) in enumerate(groups.items()):
+        row = -1
         for first in range(0, len(members), _COLUMNS):
             part = tuple(members[first : first + _COLUMNS])
-            row = next((r for r, taken in enumerate(used) if taken + len(part) <= _COLUMNS), len(used))
+            free = (r for r in range(row + 1, len(used)) if used[r] + len(part) <= _COLUMNS)
+            row = next(free, len(used))
             if row == len(used):
                 used.append(0)
-            blocks.append(_Block(group, _COLOURS[i % len(_COLOURS)], part, row, used[row]))
+            blocks.append(Block(group, _COLOURS[i % len(_COLOURS)], part, row, used[row]))
             used[row] += len(part)
     return blocks
 
 
-def _draw_block(figure: Figure, block: _Block, series: dict[str, Points], span: tuple[int, int]) -> None:
+def _draw_block(figure: Figure, block: Block, series: dict[str, Points], span: tuple[int, int]) -> None:
     from matplotlib.lines import Line2D
 
     wide, high = figure.get_size_inches()
@@ -128,22 +138,31 @@ def _draw_panel(axes: Axes, name: str, points: Points, span: tuple[int, int], co
     axes.tick_params(colors=_SOFT, labelsize=8, length=0)
     for side in axes.spines.values():
         side.set_visible(False)
-    axes.set_title(" ".join(name.split("/")[1:]).replace("_", " "), loc="left", fontsize=10, color=_INK, pad=5)
+    words = " ".join(name.split("/")[1:]).replace("_", " ")
+    axes.set_title(words, loc="left", fontsize=10, color=_INK, pad=5, parse_math=False)
     margin = max(0.5, 0.02 * (span[1] - span[0]))
     axes.set_xlim(span[0] - margin, span[1] + margin)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value, 6)))
     if not points:
         axes.set_yticks([])
         axes.text(0.5, 0.5, "no numbers", transform=axes.transAxes, ha="center", va="center", color=_SOFT, fontsize=9)
         return
     steps, values = zip(*points, strict=True)
-    line = list(smoothed(values))
-    axes.plot(steps, values, ".", color=colour, alpha=0.3, markersize=4, markeredgewidth=0)
+    line = smoothed(values)
+    axes.plot(steps, values, ".", color=colour, alpha=0.4, markersize=5, markeredgewidth=0)
     axes.plot(steps, line, color=colour, linewidth=1.8, solid_capstyle="round")
     axes.plot(steps[-1:], line[-1:], "o", color=colour, markersize=4)
-    axes.set_title(f"{line[-1]:.3g}", loc="right", fontsize=10, color=colour, fontweight="bold", pad=5)
+    if min(values) == max(values):
+        # By itself matplotlib would zoom in on nothing.
+        room = abs(values[0]) or 1.0
+        axes.set_ylim(values[0] - room, values[0] + room)
+    axes.set_title(_short(line[-1]), loc="right", fontsize=10, color=colour, fontweight="bold", pad=5)
+
+
+def _short(value: float, digits: int = 3) -> str:
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.{digits}g}"
 
 
 def _write(figure: Figure, x: float, y: float, text: str, size: int, colour: str, *, bold: bool = False) -> None:

@@ -14,14 +14,13 @@ import numpy.typing as npt
 import torch
 
 from agentiad.v1 import trajectory_pb2 as pb
-from services.data import plans, procedural
-from services.data.readers import BadDataError, Sample, read
+from services.data import source
+from services.data.source import PROCEDURAL as PROCEDURAL
 from services.data.trajectories import Demonstration
 from services.trainer.batching import Example, PixelCodec, encode
 from services.trainer.settings import TokenWeights
 from services.vlm.render import Renderer
 
-PROCEDURAL = "procedural"
 _CHUNK = 50
 
 
@@ -29,7 +28,7 @@ _CHUNK = 50
 class Recipe:
     """All that decides the examples."""
 
-    data: str  # "procedural", or a data set's path
+    data: str  # "procedural", or the path of a data set or of a folder that `data build` wrote
     samples: int
     seed: int
     single_pass: bool
@@ -39,50 +38,16 @@ class Recipe:
 
 def labels(recipe: Recipe) -> tuple[str, ...]:
     """What the vision pretext can find in a view: something from afar, something harmless, or a defect of a type."""
-    if recipe.data == PROCEDURAL:
-        kinds = {kind for kinds in procedural.DEFECTS.values() for kind in kinds}
-    else:
-        kinds = {defect.type for sample in _samples(recipe.data) for defect in sample.defects}
-    return ("mark", "benign", *sorted(kinds))
+    return source.labels(_source(recipe))
 
 
 def categories(recipe: Recipe) -> tuple[str, ...]:
-    if recipe.data == PROCEDURAL:
-        return procedural.CATEGORIES
-    return tuple(sorted({sample.category for sample in _samples(recipe.data)}))
+    return source.categories(_source(recipe))
 
 
 def demonstration(index: int, recipe: Recipe) -> Demonstration:
-    """The index-th episode of a recipe; procedural parts are of a variant of their own, half of them anomalous."""
-    rng = np.random.default_rng([recipe.seed, index])
-    shares = plans.Shares()
-    if recipe.data == PROCEDURAL:
-        subject = plans.subject_of_part(_part(index, rng), rng, shares)
-    else:
-        samples = _samples(recipe.data)
-        subject = plans.subject_of_sample(samples[index % len(samples)], rng)
-    if recipe.single_pass:
-        return plans.single_pass(subject, rng, recipe.view, str(index))
-    return plans.demonstrate(subject, rng, recipe.view, str(index), shares)
-
-
-def _part(index: int, rng: np.random.Generator) -> procedural.Part:
-    category = procedural.CATEGORIES[index % len(procedural.CATEGORIES)]
-    kinds = procedural.DEFECTS[category]
-    defect = str(rng.choice(kinds)) if rng.uniform() < procedural.ANOMALOUS_SHARE else None
-    variant = int(rng.integers(procedural.TRAINING_VARIANTS - 1))
-    return procedural.make_part(category, int(rng.integers(2**30)), variant, defect)
-
-
-@lru_cache(maxsize=1)
-def _samples(data: str) -> list[Sample]:
-    """Those that can be learnt from: of the training split (MVTec's has no defects: of all), with known boxes."""
-    samples = [sample for sample in read(Path(data)) if sample.boxes_known]
-    training = [sample for sample in samples if sample.split == "train"]
-    usable = training if any(sample.anomalous for sample in training) else samples
-    if not any(sample.anomalous for sample in usable):
-        raise BadDataError(f"{data} holds no anomalous sample with a known box")
-    return usable
+    """The index-th episode of a recipe. Raises BadDataError."""
+    return source.demonstration(index, _source(recipe))
 
 
 def texts(recipe: Recipe, count: int) -> Iterator[str]:
@@ -115,6 +80,10 @@ def marks_of(demo: Demonstration, names: tuple[str, ...]) -> npt.NDArray[np.floa
     """[m, 6]: image, label, box; the form of Example.marks."""
     rows = [(image, names.index(mark.label), *mark.box) for image, view in enumerate(demo.views) for mark in view.marks]
     return np.asarray(rows, np.float32).reshape(-1, 6)
+
+
+def _source(recipe: Recipe) -> source.Source:
+    return source.Source(recipe.data, recipe.seed, recipe.view, recipe.single_pass)
 
 
 def _build_chunk(job: tuple[int, int, Recipe, Path, Path]) -> Path:

@@ -1,5 +1,5 @@
-"""Measures a checkpoint on held-out procedural parts: greedy episodes through the agent's own state machine, zoom's own
-functions and the policy's own engine, in this process. The figures go onto the checkpoint's card.
+"""Plays a checkpoint's episodes on held-out procedural parts: by the agent's own state machine, zoom's own functions
+and the policy's own engine, in this process.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from agentiad.v1 import trajectory_pb2 as pb
 from services.agent import episode, protocol
 from services.agent.settings import AgentSettings
 from services.data import procedural
+from services.data.textures import TEXTURES
 from services.evaluation import metrics
 from services.policy.transformers_engine import EngineLimits, TransformersEngine
 from services.vlm.checkpoint import load
@@ -47,8 +48,20 @@ class Outcome:
         return bool(self.part.defects)
 
     @property
+    def truth(self) -> pb.GroundTruth:
+        truth = pb.GroundTruth(anomaly_present=self.anomalous)
+        for defect in self.part.defects:
+            truth.defects.add(type=defect.type, box=_proto(defect.box))
+        return truth
+
+    @property
     def right(self) -> bool:
         return self.trajectory.verdict.anomaly_present == self.anomalous
+
+    @property
+    def plain(self) -> bool:
+        """A clean texture: nothing on it draws the eye, so no tool is needed."""
+        return self.part.category in TEXTURES and not self.part.defects and not self.part.benign
 
     @property
     def tools(self) -> list[str]:
@@ -75,10 +88,20 @@ def cases(per_category: int, variants: int, first_seed: int = procedural.TRAININ
 
 
 def play_all(
-    checkpoint: Path, parts: Sequence[Case], limits: pb.Limits = _LIMITS, done: Callable[[], None] = lambda: None
+    checkpoint: Path,
+    parts: Sequence[Case],
+    limits: pb.Limits = _LIMITS,
+    done: Callable[[], None] = lambda: None,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    probe: bool = False,
 ) -> list[Outcome]:
-    """Greedy episodes, in the order of `parts`. `done` hears of each one that ends."""
-    return asyncio.run(_play_all(checkpoint, parts, limits, done))
+    """An episode a part, in the order of `parts`: greedy, or sampled at a temperature. `done` hears of each one that
+    ends. `probe`: a verdict is forced before each tool call, as in rollouts.
+    """
+    way = _Way(limits, temperature, seed, probe)
+    return asyncio.run(_play_all(checkpoint, parts, way, done))
 
 
 def balanced_accuracy(outcomes: Sequence[Outcome]) -> float:
@@ -86,9 +109,21 @@ def balanced_accuracy(outcomes: Sequence[Outcome]) -> float:
     return metrics.balanced_accuracy(truth, [outcome.trajectory.verdict.anomaly_present for outcome in outcomes])
 
 
-async def _play_all(
-    checkpoint: Path, parts: Sequence[Case], limits: pb.Limits, done: Callable[[], None]
-) -> list[Outcome]:
+@dataclass(frozen=True)
+class _Way:
+    """How episodes are played."""
+
+    limits: pb.Limits
+    temperature: float
+    seed: int
+    probe: bool
+
+    def sampling(self, index: int) -> pb.Sampling:
+        # A seed each, and far from the next one: an episode's turns count up from its own.
+        return pb.Sampling(temperature=self.temperature, seed=self.seed * 1_000_000_007 + index * 1_009)
+
+
+async def _play_all(checkpoint: Path, parts: Sequence[Case], way: _Way, done: Callable[[], None]) -> list[Outcome]:
     images: dict[str, Image.Image] = {}
     engine = TransformersEngine(
         load(checkpoint), lambda image: images[image.reference.uri], EngineLimits(threads=torch.get_num_threads())
@@ -97,7 +132,7 @@ async def _play_all(
 
     async def play(index: int, case: Case) -> Outcome:
         async with places:
-            outcome = await _Player(engine, case, limits, images, str(index)).play()
+            outcome = await _Player(engine, case, way, images, index).play()
             done()
             return outcome
 
@@ -111,11 +146,11 @@ class _Player:
     """One episode; its images live in `images` while it lasts."""
 
     def __init__(
-        self, engine: TransformersEngine, case: Case, limits: pb.Limits, images: dict[str, Image.Image], name: str
+        self, engine: TransformersEngine, case: Case, way: _Way, images: dict[str, Image.Image], index: int
     ) -> None:
-        self.engine, self.case, self.images, self.name = engine, case, images, name
+        self.engine, self.case, self.images, self.name, self.probe = engine, case, images, str(index), way.probe
         task = pb.Task(image=pb.Image(reference=self._keep(case.part.image)), category=case.part.category)
-        self.trajectory = episode.begin(name, task, limits, pb.Sampling(), engine.card)
+        self.trajectory = episode.begin(self.name, task, way.limits, way.sampling(index), engine.card)
         self._registration: Registration | None = None
 
     async def play(self) -> Outcome:
@@ -125,12 +160,19 @@ class _Player:
                     generation = await self.engine.generate(step.messages, step.sampling)
                     episode.add_generation(self.trajectory, generation, _NO_TIME)
                 case episode.CropStep(box, exemplar):
+                    await self._force()
                     self._observe(box, compared=exemplar is not None)
                 case episode.QueryStep(box):
+                    await self._force()
                     self._observe(box, compared=True)
         for uri in [uri for uri in self.images if uri.startswith(f"{self.name}/")]:
             del self.images[uri]
         return Outcome(self.case.part, self.trajectory)
+
+    async def _force(self) -> None:
+        if self.probe:
+            step = episode.forced_step(self.trajectory)
+            episode.add_probe(self.trajectory, await self.engine.generate(step.messages, step.sampling))
 
     def _observe(self, box: pb.Box | None, compared: bool) -> None:
         region = None if box is None else protocol.box_tuple(box)

@@ -62,7 +62,7 @@ class Journal:
                 path.unlink()
         self._lines = (folder / METRICS).open("a", encoding="utf-8")
         # purge_step tells TensorBoard to forget what earlier files hold of the steps from there on.
-        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=resumed_step)  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=resumed_step)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """On disk when it returns, as far as a killed process goes. Names: words with slashes between them."""
@@ -70,8 +70,8 @@ class Journal:
         self._lines.write(json.dumps({"step": step, **numbers}) + "\n")
         self._lines.flush()
         for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
-        self._board.flush()  # type: ignore[no-untyped-call]
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
 
     def keep(self, step: int, scored: Sequence[TrajectoryScored]) -> None:
         """Stores a few of a step's rollouts, if it is one of the steps that are kept: the first, then every k-th."""
@@ -86,7 +86,7 @@ class Journal:
 
     def close(self) -> None:
         self._lines.close()
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()
 
 
 def kept(folder: Path) -> list[Kept]:

@@ -46,7 +46,7 @@ def token_log_probabilities(
 
 
 def weighted_loss(log_probabilities: Tensor, weights: Tensor, normaliser: Tensor | float | None = None) -> Tensor:
-    """-sum(weight x log-probability) / normaliser; a scalar. Both [n], weights of any sign; None: the sum of |weight|."""
+    """-sum(weight x log-probability) / normaliser, a scalar. Both [n], of any sign; None: the sum of |weight|."""
     if normaliser is None:
         normaliser = weights.abs().sum().clamp(min=1e-6)
     return -(log_probabilities * weights).sum() / normaliser

@@ -1,9 +1,11 @@
-"""Every choice of a training run, in one typed object, with why."""
+"""Every choice of a training run, in one typed object a kind of run, with why; where a trainer finds the services."""
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from services.chassis.settings import Address, BusSettings, ImageSettings
 
 
 class TokenWeights(BaseModel):
@@ -20,8 +22,8 @@ class TokenWeights(BaseModel):
 # What differs from the defaults below, which make pocket.
 PRESETS: dict[str, dict[str, object]] = {
     "pocket": {},
-    # A quarter of the steps: a policy that has the habits and often errs, for RL to begin from.
-    "pocket-undertrained": {"samples": 5600, "epochs": 1.0, "pretext_steps": 500},
+    # A twelfth of the steps: a policy that has the habits and often errs, for RL to begin from.
+    "pocket-undertrained": {"samples": 2400, "epochs": 1.0, "pretext_steps": 400},
     # AgentIAD's own SFT of Qwen2.5-VL-3B (arXiv 2512.13671): tower frozen, lr 2e-5, warm-up 5 %, batch 16; AdamW.
     "pretrained": {
         "freeze_vision": True, "pretext_steps": 0, "muon_lr": 0.0, "adam_lr": 2e-5, "batch": 16, "warmup_steps": 50,
@@ -77,3 +79,80 @@ class SftSettings(BaseModel):
 def preset(name: str, **changes: object) -> SftSettings:
     """The settings of a preset with `changes` on top. Raises KeyError, or pydantic's ValidationError."""
     return SftSettings.model_validate({**PRESETS[name], **changes})
+
+
+class TrainerSettings(BusSettings, ImageSettings):
+    """Where RL finds the services, from the environment; the bus and the image store as for every service."""
+
+    policy_address: Address = "127.0.0.1:50051"  # the policy that rollouts use: it follows NAME-candidate
+    retrieval_address: Address = "127.0.0.1:50053"
+
+
+# What differs from the defaults below, which improve pocket.
+RL_PRESETS: dict[str, dict[str, object]] = {
+    "pocket": {},
+    # AgentIAD's own RL of Qwen2.5-VL-3B as its paper writes it (arXiv 2512.13671): group 8, lr 1e-6, clip 0.2, KL 0.1,
+    # temperature 1; for Qwen3-VL-4B the same. bfloat16 and recomputed activations fit it on one GPU of 80 GB.
+    "pretrained": {
+        "reward": "paper", "adam_lr": 1e-6, "clip_high": 0.2, "kl": 0.1, "divide_by_std": True, "freeze_vision": True,
+        "max_new_tokens": 1024, "steps": 137, "prompts": 366, "micro_batch": 1, "dtype": "bfloat16",
+        "gradient_checkpointing": True, "final_rate": 1.0, "keep_versions": 3, "version_deadline_s": 900.0,
+        "group_deadline_s": 1800.0,
+    },
+}  # fmt: skip
+
+
+class RlSettings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    out: Path
+    base: Path  # the checkpoint that RL begins with
+    data: str = "procedural"  # or a data set whose samples have boxes
+    seed: int = 0
+    policy: str = "policy"  # versions are published as NAME-candidate
+    steps: int = Field(default=100, ge=1)
+
+    prompts: int = Field(default=600, ge=2)
+    hard_share: float = Field(default=0.25, ge=0, le=1)  # of the groups: prompts that were mostly got wrong last time
+    groups: int = Field(default=8, ge=1)  # a step
+    group_size: int = Field(default=8, ge=2, le=1024)
+    reward: str = "gated"  # preset, with ablations: see reward.proto
+    temperature: float = Field(default=1.0, gt=0, le=2)  # importance weights are exact at 1 only
+    max_turns: int = Field(default=6, ge=1, le=64)
+    max_tool_calls: int = Field(default=3, ge=0)
+    max_new_tokens: int = Field(default=128, ge=8)
+
+    max_staleness: int = Field(default=1, ge=0)  # versions; 0: synchronous, rollouts wait for training
+    publish_every: int = Field(default=1, ge=1)  # steps
+    group_deadline_s: float = 300.0  # from the request to the last member; then the group is replaced
+    version_deadline_s: float = 300.0  # from publishing a version to the policy serving it
+
+    divide_by_std: bool = False  # of the group's rewards
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    clip_high: float = Field(default=0.28, gt=0)
+    importance_cap: float = Field(default=2.0, ge=1)
+    kl: float = Field(default=0.0, ge=0)
+    minibatches: int = Field(default=1, ge=1)  # updates a step
+    micro_batch: int = Field(default=16, ge=1)  # trajectories a forward
+    muon_lr: float = 0.0  # of matrices; 0: AdamW for all
+    adam_lr: float = 3e-4
+    warmup_updates: int = 5
+    final_rate: float = Field(default=0.1, ge=0, le=1)  # the learning rate falls to this share of itself
+    clip_norm: float = 1.0
+    freeze_vision: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward; weights and updates are float32
+    gradient_checkpointing: bool = False
+    lora_rank: int = Field(default=0, ge=0)  # 0: all weights are trained; else adapters, merged into what is served
+
+    checkpoint_every: int = Field(default=1, ge=1)  # steps
+    keep_versions: int = Field(default=0, ge=0)  # checkpoint folders on disk; 0: all, for `agentiad policy promote`
+    threads: int = 0  # 0: all cores
+
+    def identity(self) -> str:
+        """All that decides the outcome, as JSON: a resumed run must have the same."""
+        return self.model_dump_json(exclude={"out", "threads", "checkpoint_every", "keep_versions"}, indent=1)
+
+
+def rl_preset(name: str, **changes: object) -> RlSettings:
+    """The settings of a preset with `changes` on top. Raises KeyError, or pydantic's ValidationError."""
+    return RlSettings.model_validate({**RL_PRESETS[name], **changes})

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 from agentiad.v1 import trajectory_pb2 as pb
 from agentiad.v1.policy_pb2 import PolicyCard
-from services.trainer import dataset, heldout
+from services.trainer import dataset, heldout, publishing
 from services.trainer.loop import Loop, append_metrics
 from services.trainer.settings import SftSettings
 from services.vlm import pocket
@@ -57,7 +57,7 @@ def train(settings: SftSettings, console: Console) -> Path:
     kinds = len(dataset.labels(recipe))  # data that cannot be read is refused before anything is written
     _occupy(settings, work)
     start = _start(settings, recipe, work, console)
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         bar = progress.add_task("episodes", total=recipe.samples)
         examples = dataset.build(
             recipe, start.folder, work / "examples", settings.workers or threads, lambda n: progress.advance(bar, n)
@@ -65,7 +65,7 @@ def train(settings: SftSettings, console: Console) -> Path:
     loop = Loop(settings, start.model, start.renderer, examples, kinds, work)
     if loop.resume():
         console.print(f"resumed at step {loop.step}")
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         bar = progress.add_task("steps", total=loop.steps, completed=loop.step)
 
         def on_step(metrics: dict[str, float]) -> None:
@@ -109,12 +109,7 @@ def _start(settings: SftSettings, recipe: dataset.Recipe, work: Path, console: C
 def _publish(settings: SftSettings, start: Start, recipe: dataset.Recipe, loop: Loop, console: Console) -> None:
     """The trained model beside the tokenizer and image processor that it began with, and its card."""
     out = settings.out
-    for file in start.folder.iterdir():
-        if file.is_file() and not file.name.startswith("model") and file.name != "agentiad_card.json":
-            shutil.copy2(file, out / file.name)
-    dtype = torch.bfloat16
-    start.model.config.dtype = dtype
-    start.model.save_pretrained(out, state_dict={k: v.to(dtype) for k, v in start.model.state_dict().items()})
+    publishing.save(start.model, start.folder, out, torch.bfloat16)
     base = "pocket" if settings.base is None else read_card(settings.base).base_model
     card = PolicyCard(
         version=f"{base}-{sha256_of(out)[:12]}",
@@ -133,7 +128,7 @@ def _publish(settings: SftSettings, start: Start, recipe: dataset.Recipe, loop: 
 
 def _measure(checkpoint: Path, console: Console) -> dict[str, float]:
     cases = heldout.cases(_HELD_OUT_PER_CATEGORY, _HELD_OUT_PER_CATEGORY)
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         bar = progress.add_task("held-out episodes", total=2 * len(cases))
         with_tools = heldout.play_all(checkpoint, cases, done=lambda: progress.advance(bar))
         without = heldout.play_all(checkpoint, cases, heldout.NO_TOOLS, done=lambda: progress.advance(bar))
@@ -144,7 +139,7 @@ def _measure(checkpoint: Path, console: Console) -> dict[str, float]:
     }
 
 
-def _progress(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
     )

@@ -10,7 +10,7 @@ Invariants, held by both and checked by one contract test suite (tests/chassis/b
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,7 +73,7 @@ class Bus(Protocol):
         stop: asyncio.Event,
         caught_up: asyncio.Event | None = None,
         offsets: Mapping[int, int] | None = None,
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         """Every event of the topic, without a group and without commits, until `stop` is set; headers as they lie in
         the log. `from_beginning=False`: what is published after the first iteration began. `caught_up` is set when all
         that lay there at the first iteration was handed out and the next is asked for. Close it (contextlib.aclosing)

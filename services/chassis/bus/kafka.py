@@ -7,7 +7,7 @@ to the loop in batches. Idempotent producer, acks=all: a retry inside the client
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -100,7 +100,7 @@ class KafkaBus:
         stop: asyncio.Event,
         caught_up: asyncio.Event | None = None,
         offsets: Mapping[int, int] | None = None,
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         thread = ThreadPoolExecutor(1, "kafka-read")
         call = partial(asyncio.get_running_loop().run_in_executor, thread)
         consumer = await call(self._reader)

@@ -6,7 +6,7 @@ an inspection, and twenty rounds of index look-ups a second cost well under 1 % 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class SqliteBus:
         stop: asyncio.Event,
         caught_up: asyncio.Event | None = None,
         offsets: Mapping[int, int] | None = None,
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         sources = [Source(topic, partition) for partition in range(await self._count(topic))]
         ends = {source.partition: await self._call(SqliteLog.end, source) for source in sources}
         check_offsets(topic, offsets or {}, ends)

@@ -1,0 +1,121 @@
+"""`agentiad train rl`: the trainer, with the services that it needs as processes of this machine.
+
+Order: Redis → policy, zoom, retrieval, reward → agents → trainer. The environment swaps addresses as for `agentiad up`.
+On more machines each part is started by its orchestrator, and the trainer by `python -m services.trainer rl`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from services.chassis import lifecycle, telemetry, topics
+from services.chassis.settings import load
+from services.cli.plant import open_bus
+from services.cli.processes import Child, StackError, ready, redis_server, service
+from services.trainer.__main__ import rl_alone
+from services.trainer.settings import RlSettings, TrainerSettings
+
+console = Console(stderr=True)
+
+
+def run_rl(settings: RlSettings, replay: str) -> None:
+    """Returns when training has ended; SystemExit 1 if a part failed."""
+    if replay:
+        rl_alone(settings, replay)
+        return
+    telemetry.configure("train", "WARNING")
+    failed = False
+
+    async def main(stop: asyncio.Event) -> None:
+        nonlocal failed
+        try:
+            await _train(settings, stop)
+        except StackError as error:
+            console.print(f"[red]{error}[/red]")
+            failed = True
+
+    lifecycle.run(main)
+    if failed:
+        raise SystemExit(1)
+
+
+async def _train(settings: RlSettings, stop: asyncio.Event) -> None:
+    from services.trainer.rl import train
+
+    console.print("[dim]Starting policy, zoom, retrieval and reward, then an agent…[/dim]")
+    async with rollout_services(settings, stop) as (environment, children):
+        if stop.is_set():
+            return
+        addresses = {name: environment[f"{name.upper()}_ADDRESS"] for name in ("policy", "retrieval")}
+        services = load(TrainerSettings).model_copy(
+            update={f"{name}_address": address for name, address in addresses.items()}
+            | {"image_roots": (environment["IMAGE_ROOTS"],), "image_store": environment["IMAGE_STORE"]}
+        )
+        training = asyncio.create_task(train(settings, services, console))
+        ends = [asyncio.create_task(child.process.wait()) for child in children]
+        stopped = asyncio.create_task(stop.wait())
+        done, _ = await asyncio.wait([training, stopped, *ends], return_when=asyncio.FIRST_COMPLETED)
+        for task in (training, stopped, *ends):
+            task.cancel()
+        for child, end in zip(children, ends, strict=True):
+            if end in done:
+                raise StackError(f"{child.name} ended with status {child.process.returncode}")
+        if training in done:
+            console.print(f"Newest version: {training.result()}")
+
+
+@asynccontextmanager
+async def rollout_services(
+    settings: RlSettings, stop: asyncio.Event, agents: int = 1
+) -> AsyncIterator[tuple[dict[str, str], list[Child]]]:
+    """What rollouts take, with a policy that follows the run's candidates: the environment that its processes have been
+    given, and the processes.
+    """
+    from services.trainer.rl import SERVICES
+
+    environment, children = dict(os.environ), list[Child]()
+    data_dir = Path(environment.get("DATA_DIR", "out")).resolve()
+    own = settings.out.resolve() / SERVICES
+    own.mkdir(parents=True, exist_ok=True)
+    environment |= {
+        "DATA_DIR": str(data_dir),
+        "IMAGE_ROOTS": environment.get("IMAGE_ROOTS") or str(data_dir / "images"),
+        "IMAGE_STORE": environment.get("IMAGE_STORE") or str(data_dir / "images"),
+        # A file's library belongs to one process, and the plant's may run already.
+        "MILVUS_URI": environment.get("MILVUS_URI") or str(own / "exemplars.db"),
+        "CHECKPOINT": str(settings.base.resolve()),
+        "CHECKPOINT_ROOTS": str(settings.out.resolve()),
+        "POLICY_NAME": topics.candidate_of(settings.policy),
+        "WORK": "rollout",
+    }
+    # Beside a trainer that uses the other cores; more threads than cores stall each other.
+    environment.setdefault("TORCH_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    bus = open_bus(data_dir)
+    await bus.ensure_topics(topics.TOPICS)
+    await bus.close()
+    async with AsyncExitStack() as running:
+        # A short path: unix sockets allow about 100 characters.
+        folder = running.enter_context(tempfile.TemporaryDirectory(prefix="agentiad-"))
+        names = ("policy", "zoom", "retrieval", "reward")
+        addresses = {name: f"unix://{folder}/{name}.sock" for name in names}
+        environment |= {f"{name.upper()}_ADDRESS": address for name, address in addresses.items()}
+        if not environment.get("REDIS_URL"):
+            redis, environment["REDIS_URL"] = await running.enter_async_context(redis_server(own))
+            children.append(redis)
+        started = [await running.enter_async_context(service(name, addresses[name], environment)) for name in names]
+        children += started
+        await asyncio.gather(*(ready(child, addresses[child.name], stop) for child in started))
+        for number in range(agents):
+            address = f"unix://{folder}/agent{number}.sock"
+            child = await running.enter_async_context(service("agent", address, environment))
+            await ready(child, address, stop)
+            children.append(child)
+        yield environment, children

@@ -1,0 +1,89 @@
+"""Our reward: the verdict first, everything else only as far as it served a right one. Pure.
+
+Invariants, by the sizes of the constants: any right verdict is worth more than any wrong one, whatever was done on the
+way; nothing but the formulas' penalties is to be had for a wrong verdict; the total lies in [-0.9, 1.9].
+
+A call helped if the verdict that was forced before it was wrong or unsure and the final one is right. That is known
+only of calls that were probed (Turn.forced_anomaly_probability). IndusAgent gates its tool reward in this manner;
+IAD-R1 gives types that are nearly right their share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from services.reward.boxes import Region, area, covered, grown, iou, region_of
+from services.reward.naming import similarity
+from services.reward.reading import Behaviour, Call, Outcome, Truth
+
+COMPONENTS = ("verdict", "localisation", "type", "format", "tools")
+
+VERDICT = 1.0  # a right one
+LOCALISATION = 0.5  # the last crop and the answer's box are right on a defect
+TYPE = 0.2  # the very name of a defect
+FAULT = 0.25  # lost for a reply that cannot be read, a refused call, a verdict that had to be forced
+FAULTS_AT_MOST = 0.5
+HELP = 0.2  # once an episode: more calls that help are not better than fewer
+USELESS_CALL = 0.05  # lost for a probed call that did not help
+# Eight useless calls; with FAULTS_AT_MOST it leaves a right verdict above a wrong one.
+USELESS_CALLS_AT_MOST = 0.4
+# Forced verdicts between these say that the policy does not know.
+UNSURE = (0.25, 0.75)
+# A crop may be larger than the defect by so much on every side for nothing: zoom shows as much around any box.
+MARGIN = 0.1
+
+
+def components(group: Sequence[Behaviour], truth: Truth) -> list[dict[str, float]]:
+    """Of each member, by COMPONENTS' names; no member's depend on another."""
+    return [_components(behaviour, truth) for behaviour in group]
+
+
+def _components(behaviour: Behaviour, truth: Truth) -> dict[str, float]:
+    right = truth.agrees(behaviour)
+    found = right and truth.anomalous
+    return {
+        "verdict": VERDICT if right else 0.0,
+        "localisation": LOCALISATION * _localised(behaviour, truth) if found else 0.0,
+        "type": TYPE * _named(behaviour, truth) if found else 0.0,
+        "format": -_faults(behaviour),
+        "tools": _tools(behaviour, truth),
+    }
+
+
+def _localised(behaviour: Behaviour, truth: Truth) -> float:
+    """In [0, 1]: the mean of how well the last crop and the answer's box fit the defect that each fits best."""
+    crops = behaviour.shown_crops
+    looked = max((_fit(crops[-1], box) for box in truth.boxes), default=0.0) if crops else 0.0
+    answer = region_of(behaviour.verdict.box) if behaviour.verdict else None
+    pointed = max((iou([answer], box) for box in truth.boxes), default=0.0) if answer else 0.0
+    return (looked + pointed) / 2
+
+
+def _fit(crop: Region, defect: Region) -> float:
+    """In [0, 1]: what the crop shows of the defect, less where the crop is larger than the defect needs."""
+    return covered(defect, crop) * min(1.0, area(grown(defect, MARGIN)) / area(crop))
+
+
+def _named(behaviour: Behaviour, truth: Truth) -> float:
+    """In [0, 1]: how near the type comes to that of a defect."""
+    name = behaviour.verdict.top_anomaly if behaviour.verdict else ""
+    return max((similarity(name, kind) for kind in truth.types), default=0.0)
+
+
+def _faults(behaviour: Behaviour) -> float:
+    refused = sum(call.outcome is Outcome.REFUSED for call in behaviour.calls)
+    return min(FAULTS_AT_MOST, FAULT * (behaviour.malformed + refused + behaviour.forced))
+
+
+def _tools(behaviour: Behaviour, truth: Truth) -> float:
+    probed = [call for call in behaviour.calls if call.probe is not None and call.outcome is not Outcome.UNAVAILABLE]
+    helped = sum(_helped(call, behaviour, truth) for call in probed)
+    return (HELP if helped else 0.0) - min(USELESS_CALLS_AT_MOST, USELESS_CALL * (len(probed) - helped))
+
+
+def _helped(call: Call, behaviour: Behaviour, truth: Truth) -> bool:
+    """A refused call showed nothing, so it cannot have."""
+    if call.probe is None or call.outcome is not Outcome.SHOWN or not truth.agrees(behaviour):
+        return False
+    wrong = (call.probe >= 0.5) != truth.anomalous
+    return wrong or UNSURE[0] < call.probe < UNSURE[1]

@@ -1,0 +1,89 @@
+"""Is a policy better than the one it began as? Both play the same held-out parts, greedily and sampled, and are
+compared part by part.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from services.evaluation import gate
+from services.reward.scoring import score
+from services.trainer import heldout
+
+_RESAMPLES = 10_000
+_SEED = 0  # the same episodes give the same intervals
+# Of the parts, half of them anomalous. Their variants and seeds are those of no training, SFT's or RL's.
+PER_CATEGORY, VARIANTS = 100, 50
+
+
+@dataclass(frozen=True)
+class Change:
+    """Of a mean over parts, from `before` to `after`; `low`, `high`: the 95 % interval of the difference."""
+
+    before: float
+    after: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Played:
+    """One policy's episodes, one way."""
+
+    outcomes: list[heldout.Outcome]
+    rewards: list[float]
+
+
+def play(
+    checkpoint: Path, cases: Sequence[heldout.Case], reward: str, temperature: float, done: Callable[[], None]
+) -> Played:
+    outcomes = heldout.play_all(checkpoint, cases, done=done, temperature=temperature, probe=True)
+    rewards = [score([outcome.trajectory], outcome.truth, reward)[0].total for outcome in outcomes]
+    return Played(outcomes, rewards)
+
+
+def compare(before: Played, after: Played) -> dict[str, Change]:
+    """Reward, balanced accuracy, and how often each tool was used on parts that need one and on plain ones."""
+    verdicts = gate.compare(
+        [outcome.anomalous for outcome in before.outcomes],
+        [outcome.trajectory.verdict.anomaly_present for outcome in before.outcomes],
+        [outcome.trajectory.verdict.anomaly_present for outcome in after.outcomes],
+        margin=0.0,
+    )
+    changes = {
+        "reward": mean_change(before.rewards, after.rewards),
+        "balanced_accuracy": Change(verdicts.live, verdicts.candidate, verdicts.low, verdicts.high),
+    }
+    for name, chosen in _kinds(before.outcomes).items():
+        used = [[float(bool(played.outcomes[i].tools)) for i in chosen] for played in (before, after)]
+        changes[f"tools_on_{name}"] = mean_change(*used)
+    return changes
+
+
+def mean_change(before: Sequence[float], after: Sequence[float]) -> Change:
+    """Interval by a paired bootstrap over the parts."""
+    first, second = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    difference = second - first
+    drawn: npt.NDArray[np.int64] = np.random.default_rng(_SEED).integers(
+        len(difference), size=(_RESAMPLES, len(difference))
+    )
+    low, high = np.quantile(difference[drawn].mean(axis=1), [0.025, 0.975])
+    return Change(float(first.mean()), float(second.mean()), float(low), float(high))
+
+
+def write(path: Path, changes: dict[str, dict[str, Change]]) -> None:
+    """`changes`: by the way of playing, greedy or sampled."""
+    rows = {way: {name: vars(change) for name, change in found.items()} for way, found in changes.items()}
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+def _kinds(outcomes: Sequence[heldout.Outcome]) -> dict[str, list[int]]:
+    """Parts that nobody can judge without a tool but by luck, and clean textures, which a first look settles."""
+    plain = [i for i, outcome in enumerate(outcomes) if outcome.plain]
+    return {"parts_that_need_one": [i for i in range(len(outcomes)) if i not in set(plain)], "plain_parts": plain}
