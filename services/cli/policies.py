@@ -38,7 +38,7 @@ from services.policy.settings import PolicySettings
 SOURCE = "/agentiad/gate"
 EvaluationSet = Literal["procedural"]
 # Of six categories: 1,200 parts. Of candidates as good as the live version they let 97 % pass at a margin of 0.02 where
-# the two differ on 3 % of the parts, and 77 % where they differ on 6 %. A minute or two a version on two cores.
+# the two differ on 3 % of the parts, and 77 % where they differ on 6 %. About a minute a version on two cores.
 PER_CATEGORY = 200
 # Beyond those that trainers measure and choose on: a version that was chosen for its luck there has none here.
 FIRST_SEED = 2_000_000

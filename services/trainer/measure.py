@@ -11,15 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
 
+from services.data import procedural
 from services.evaluation import gate
 from services.reward.scoring import score
 from services.trainer import heldout
+from services.trainer.progress import progress_bar
 
 _RESAMPLES = 10_000
 _SEED = 0  # the same episodes give the same intervals
-# Of the parts, half of them anomalous. Their variants and seeds are those of no training, SFT's or RL's.
-PER_CATEGORY, VARIANTS = 100, 50
+VARIANTS = 50
+# Parts that no training has seen, SFT's or RL's, and that SFT's own measurement does not use either.
+FIRST_SEED = 3 * procedural.TRAINING_VARIANTS
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,31 @@ class Played:
 
     outcomes: list[heldout.Outcome]
     rewards: list[float]
+
+
+def report(
+    before: Path, after: Path, reward: str, per_category: int, out: Path, console: Console
+) -> dict[str, dict[str, Change]]:
+    """Plays both on `per_category` held-out parts of each category, greedily and sampled; says what changed and writes
+    it to `out`.
+    """
+    cases = heldout.cases(per_category, min(per_category, VARIANTS), FIRST_SEED)
+    changes = {}
+    with progress_bar(console) as progress:
+        bar = progress.add_task("held-out episodes", total=4 * len(cases))
+        for way, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+            played = [
+                play(policy, cases, reward, temperature, lambda: progress.advance(bar)) for policy in (before, after)
+            ]
+            changes[way] = compare(*played)
+    table = Table("", f"{len(cases)} held-out parts", "before", "after", "difference, 95 % interval")
+    for way, found in changes.items():
+        for name, change in found.items():
+            interval = f"{change.after - change.before:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"
+            table.add_row(way, name.replace("_", " "), f"{change.before:.3f}", f"{change.after:.3f}", interval)
+    console.print(table)
+    write(out, changes)
+    return changes
 
 
 def play(

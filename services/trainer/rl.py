@@ -31,15 +31,16 @@ from services.chassis import rpc, topics
 from services.chassis.bus import Bus, make_bus
 from services.chassis.errors import Transient
 from services.chassis.images import make_image_store
-from services.trainer import prompts, publishing
+from services.trainer import curves, measure, prompts, publishing
 from services.trainer.encoding import RolloutEncoder
 from services.trainer.groups import Group
-from services.trainer.journal import Journal, summary
+from services.trainer.journal import METRICS, Journal, summary
 from services.trainer.learner import Learner
+from services.trainer.progress import progress_bar
 from services.trainer.rollout_metrics import busy_s, rollout_metrics, tokens_of
 from services.trainer.rollouts import Rollouts, past_groups
 from services.trainer.settings import RlSettings, TrainerSettings
-from services.trainer.sft import OccupiedError, progress_bar
+from services.trainer.sft import OccupiedError
 from services.vlm.card import read_card, write_card
 from services.vlm.checkpoint import sha256_of
 from services.vlm.render import Renderer
@@ -79,9 +80,16 @@ async def train(settings: RlSettings, services: TrainerSettings, console: Consol
         await bus.ensure_topics(topics.TOPICS)
         source = _replayed(run, bus, replay) if replay else _live(run, bus, console)
         async with source as batches:
-            return await _loop(run, batches, console)
+            newest = await _loop(run, batches, console)
     finally:
         await bus.close()
+    curves.draw(settings.out / METRICS, settings.out / "curves.png")
+    if settings.data == prompts.PROCEDURAL and settings.measured:
+        report = settings.out / "report.json"
+        await asyncio.to_thread(
+            measure.report, settings.base, newest, settings.reward, settings.measured, report, console
+        )
+    return newest
 
 
 class Run:

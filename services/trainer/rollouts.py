@@ -118,6 +118,7 @@ class Rollouts:
                     self._curriculum.learnt(prompt, [right(member) for member in members])
                     self._seen += members
                 self._arrived.set()
+                await self._fill()  # a group that was dropped is replaced at once
 
     async def _fill(self) -> None:
         capacity = (self._settings.max_staleness + 1) * self._settings.groups - self._in_training

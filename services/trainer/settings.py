@@ -22,8 +22,8 @@ class TokenWeights(BaseModel):
 # What differs from the defaults below, which make pocket.
 PRESETS: dict[str, dict[str, object]] = {
     "pocket": {},
-    # A twelfth of the steps: a policy that has the habits and often errs, for RL to begin from.
-    "pocket-undertrained": {"samples": 2400, "epochs": 1.0, "pretext_steps": 400},
+    # An eighth of the steps: a policy that has the habits and often errs, for RL to begin from.
+    "pocket-undertrained": {"samples": 800, "epochs": 1.0, "pretext_steps": 250},
     # AgentIAD's own SFT of Qwen2.5-VL-3B (arXiv 2512.13671): tower frozen, lr 2e-5, warm-up 5 %, batch 16; AdamW.
     "pretrained": {
         "freeze_vision": True, "pretext_steps": 0, "muon_lr": 0.0, "adam_lr": 2e-5, "batch": 16, "warmup_steps": 50,
@@ -146,11 +146,13 @@ class RlSettings(BaseModel):
 
     checkpoint_every: int = Field(default=1, ge=1)  # steps
     keep_versions: int = Field(default=0, ge=0)  # checkpoint folders on disk; 0: all, for `agentiad policy promote`
+    measured: int = Field(default=50, ge=0)  # held-out parts a category that base and last version play at the end
     threads: int = 0  # 0: all cores
 
     def identity(self) -> str:
         """All that decides the outcome, as JSON: a resumed run must have the same."""
-        return self.model_dump_json(exclude={"out", "threads", "checkpoint_every", "keep_versions"}, indent=1)
+        aside = {"out", "threads", "checkpoint_every", "keep_versions", "measured"}
+        return self.model_dump_json(exclude=aside, indent=1)
 
 
 def rl_preset(name: str, **changes: object) -> RlSettings:

@@ -8,13 +8,13 @@ from typing import Any
 import cv2
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoModelForImageTextToText
 
 from agentiad.v1 import trajectory_pb2 as pb
 from agentiad.v1.policy_pb2 import PolicyCard
 from services.trainer import dataset, heldout, publishing
 from services.trainer.loop import Loop, append_metrics
+from services.trainer.progress import progress_bar
 from services.trainer.settings import SftSettings
 from services.vlm import pocket
 from services.vlm.card import read_card, write_card
@@ -137,9 +137,3 @@ def _measure(checkpoint: Path, console: Console) -> dict[str, float]:
         "balanced_accuracy": heldout.balanced_accuracy(with_tools),
         "balanced_accuracy_without_tools": heldout.balanced_accuracy(without),
     }
-
-
-def progress_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    )

@@ -28,7 +28,7 @@ from tests.cli.commands import agentiad
 
 SHIPPED = Path(PolicySettings.model_fields["checkpoint"].default)
 START = datetime(2026, 1, 1, tzinfo=UTC)
-SET = "procedural"
+SET: policies.EvaluationSet = "procedural"
 # 24 parts: enough to tell the shipped policy from one that sees nothing.
 PER_CATEGORY = 4
 
@@ -61,8 +61,10 @@ def make_checkpoint(source: Path, folder: Path, version: str) -> Path:
     return folder
 
 
-def make_event(version: str, policy: str = "policy", minutes: int = 0, **fields: str) -> PolicyPublished:
-    event = PolicyPublished(policy=policy, version=version, **fields)
+def make_event(
+    version: str, policy: str = "policy", minutes: int = 0, checkpoint_uri: str = "", sha256: str = ""
+) -> PolicyPublished:
+    event = PolicyPublished(policy=policy, version=version, checkpoint_uri=checkpoint_uri, sha256=sha256)
     event.published_at.FromDatetime(START + timedelta(minutes=minutes))
     return event
 
