@@ -39,6 +39,16 @@ bench: install test-tools ## The benchmarks: ratios, not times
 	@$(PY) -m pytest tests/bench -o python_files='bench_*.py' -s
 	@$(VLLM_PY) -m pytest tests/bench/bench_serving.py -s
 
+bench-trl: install .venv-trl/installed ## GRPO against TRL's, on the same model, prompts and reward
+	@$(PY) -m tests.bench.bench_trl
+
+.venv-trl/installed: tests/bench/trl-requirements.txt $(UV)
+	$(say) 'Installing TRL into .venv-trl (5 GB; a minute or two)'
+	@$(UV) venv -q --allow-existing --python 3.11 .venv-trl
+	@$(UV) pip install -p .venv-trl/bin/python -r tests/bench/trl-requirements.txt
+	@$(UV) pip install -q -p .venv-trl/bin/python --no-deps -e .
+	@touch $@
+
 lint: install $(BUF) ## Formatting, types, contracts
 	$(say) 'Checking style, types and contracts'
 	@.venv/bin/ruff format --check -q . && .venv/bin/ruff check -q .
@@ -118,4 +128,4 @@ picture: demo ## Draw the README's picture from a demo
 clean: ## Remove caches and out/demo; library, bus and Redis file in out stay
 	@rm -rf out/demo .pytest_cache .mypy_cache .ruff_cache
 
-.PHONY: help demo test bench lint install install-vllm test-tools protos protos-baseline constraints vllm-constraints picture clean
+.PHONY: help demo test bench bench-trl lint install install-vllm test-tools protos protos-baseline constraints vllm-constraints picture clean

@@ -56,7 +56,8 @@ def test_every_service_has_the_same_rooms(package: str) -> None:
 @pytest.mark.parametrize(
     "module",
     ["agent/protocol.py", "agent/episode.py", "agent/inspection.py", "zoom/crop.py", "zoom/compare.py",
-     "zoom/registration.py", "evaluation/metrics.py", "cli/evidence.py", "reward/boxes.py", "reward/gated.py",
+     "zoom/registration.py", "evaluation/metrics.py", "evaluation/gate.py", "cli/evidence.py", "trainer/advantage.py",
+     "trainer/groups.py", "trainer/losses.py", "trainer/rollout_metrics.py", "reward/boxes.py", "reward/gated.py",
      "reward/groups.py", "reward/naming.py", "reward/paper.py", "reward/presets.py", "reward/reading.py",
      "reward/scoring.py"],
 )  # fmt: skip

@@ -78,6 +78,7 @@ class Runner:
         finally:
             if probing is not None:
                 probing.cancel()
+                await asyncio.wait([probing])
         episode.add_observation(trajectory, observation, latency)
 
     async def _use_tool(self, trajectory: pb.Trajectory, step: episode.CropStep | episode.QueryStep) -> pb.Observation:

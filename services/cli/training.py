@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -28,6 +28,7 @@ console = Console(stderr=True)
 def run_rl(settings: RlSettings, replay: str) -> None:
     """Returns when training has ended; SystemExit 1 if a part failed."""
     if replay:
+        os.environ.update(_image_places(os.environ))
         rl_alone(settings, replay)
         return
     telemetry.configure("train", "WARNING")
@@ -68,7 +69,21 @@ async def _train(settings: RlSettings, stop: asyncio.Event) -> None:
             if end in done:
                 raise StackError(f"{child.name} ended with status {child.process.returncode}")
         if training in done:
-            console.print(f"Newest version: {training.result()}")
+            _conclude(settings, training.result(), environment)
+
+
+def _conclude(settings: RlSettings, newest: Path, environment: Mapping[str, str]) -> None:
+    """Says what there is now, and what one may do with it."""
+    from services.cli import rollouts
+
+    page = settings.out / "page"
+    rollouts.write_page(settings.out, page, [environment["IMAGE_ROOTS"]])
+    console.print(
+        f"[bold green]Done.[/bold green] Newest version: {newest}\n"
+        f"Curves: {settings.out / 'curves.png'}; some rollouts: {page / 'index.html'}\n"
+        f"To inspect with it, if it is not worse than what runs now: "
+        f"[bold]CHECKPOINT_ROOTS={settings.out.resolve()} agentiad policy promote {newest.name}[/bold]"
+    )
 
 
 @asynccontextmanager
@@ -81,13 +96,11 @@ async def rollout_services(
     from services.trainer.rl import SERVICES
 
     environment, children = dict(os.environ), list[Child]()
-    data_dir = Path(environment.get("DATA_DIR", "out")).resolve()
+    environment |= _image_places(environment)
+    data_dir = Path(environment["DATA_DIR"])
     own = settings.out.resolve() / SERVICES
     own.mkdir(parents=True, exist_ok=True)
     environment |= {
-        "DATA_DIR": str(data_dir),
-        "IMAGE_ROOTS": environment.get("IMAGE_ROOTS") or str(data_dir / "images"),
-        "IMAGE_STORE": environment.get("IMAGE_STORE") or str(data_dir / "images"),
         # A file's library belongs to one process, and the plant's may run already.
         "MILVUS_URI": environment.get("MILVUS_URI") or str(own / "exemplars.db"),
         "CHECKPOINT": str(settings.base.resolve()),
@@ -119,3 +132,14 @@ async def rollout_services(
             await ready(child, address, stop)
             children.append(child)
         yield environment, children
+
+
+def _image_places(environment: Mapping[str, str]) -> dict[str, str]:
+    """Where a run's pictures are, unless the environment says otherwise: in the data folder."""
+    data_dir = Path(environment.get("DATA_DIR") or "out").resolve()
+    images = str(data_dir / "images")
+    return {
+        "DATA_DIR": str(data_dir),
+        "IMAGE_ROOTS": environment.get("IMAGE_ROOTS") or images,
+        "IMAGE_STORE": environment.get("IMAGE_STORE") or images,
+    }

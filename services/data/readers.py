@@ -145,7 +145,8 @@ def _manifest_sample(root: Path, row: dict[str, Any]) -> Sample:
         category=row["category"],
         anomalous=row["label"] == "anomalous",
         defects=defects,
-        boxes_known=bool(row.get("boxes_known", True)),
+        # Anomalous and no word of where: not a normal sample.
+        boxes_known=bool(row.get("boxes_known", True)) and (row["label"] == "normal" or bool(defects)),
         split=row.get("split", "train"),
         group=row.get("group", ""),
         reference=None if row.get("reference") is None else _inside(root, row["reference"]),

@@ -24,8 +24,8 @@ TYPE = 0.2  # the very name of a defect
 FAULT = 0.25  # lost for a reply that cannot be read, a refused call, a verdict that had to be forced
 FAULTS_AT_MOST = 0.5
 HELP = 0.2  # once an episode: more calls that help are not better than fewer
-USELESS_CALL = 0.05  # lost for a probed call that did not help
-# Eight useless calls; with FAULTS_AT_MOST it leaves a right verdict above a wrong one.
+USELESS_CALL = 0.1  # lost for a probed call that did not help
+# Four useless calls; with FAULTS_AT_MOST it leaves a right verdict above a wrong one.
 USELESS_CALLS_AT_MOST = 0.4
 # Forced verdicts between these say that the policy does not know.
 UNSURE = (0.25, 0.75)

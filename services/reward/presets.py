@@ -7,7 +7,7 @@ A name, then the components that shall count nothing, each with a minus before i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.reward import gated, paper
 from services.reward.reading import Behaviour, Truth
@@ -17,16 +17,19 @@ DEFAULT = "gated"
 
 @dataclass(frozen=True)
 class Preset:
-    """components: of each member of a group, by name, all of `names`. ablated: those that count nothing."""
+    """components: of each member of a group, by name, all of `names`. probes: it asks for the verdicts that were forced
+    before tool calls. ablated: components that count nothing.
+    """
 
     components: Callable[[Sequence[Behaviour], Truth], list[dict[str, float]]]
     names: tuple[str, ...]
+    probes: bool = False
     ablated: frozenset[str] = frozenset()
 
 
 # Names that begin with another one stand before it.
 _PRESETS = {
-    "gated": Preset(gated.components, gated.COMPONENTS),
+    "gated": Preset(gated.components, gated.COMPONENTS, probes=True),
     "paper-as-run": Preset(paper.as_run, paper.AS_RUN),
     "paper": Preset(paper.as_written, paper.AS_WRITTEN),
 }
@@ -43,5 +46,5 @@ def parse(text: str) -> Preset:
                 raise ValueError(f"{name} has no component {unknown[0]!r}, only {', '.join(preset.names)}")
             if len(set(ablated)) < len(ablated):
                 raise ValueError(f"{text!r} names a component twice")
-            return Preset(preset.components, preset.names, frozenset(ablated))
+            return replace(preset, ablated=frozenset(ablated))
     raise ValueError(f"there is no reward preset {text!r}, only {', '.join(_PRESETS)}")

@@ -57,7 +57,11 @@ def make_app(run_rl: Callable[[RlSettings, str], None]) -> typer.Typer:
         out: Out,
         base: Annotated[Path, typer.Option(help="The checkpoint folder to begin with.")],
         preset: Annotated[
-            str, typer.Option(help="pocket: on a laptop. pretrained: the paper's settings, for a model of billions.")
+            str,
+            typer.Option(
+                help="pocket: on a laptop. qwen2.5-vl-3b, qwen3-vl-4b: the paper's settings, on two GPUs of 80 GB or "
+                "more, by `torchrun --nproc-per-node 2 -m services.trainer rl`."
+            ),
         ] = "pocket",
         data: Annotated[str, typer.Option(help="'procedural', or a data set whose samples have boxes.")] = "procedural",
         reward: Annotated[

@@ -121,7 +121,7 @@ class Groups:
 
     def staleness(self, group: Group) -> float:
         """How many versions its oldest token lies behind the newest one; infinite: made by a foreign version."""
-        if not group.versions <= set(self.versions):
+        if not group.versions or not group.versions <= set(self.versions):
             return float("inf")
         return len(self.versions) - 1 - min(self.versions.index(version) for version in group.versions)
 

@@ -79,7 +79,9 @@ def play(
 
 
 def compare(before: Played, after: Played) -> dict[str, Change]:
-    """Reward, balanced accuracy, and how often each tool was used on parts that need one and on plain ones."""
+    """Reward, balanced accuracy, and how often a tool was used on parts that need one and on plain ones, where there
+    are such parts.
+    """
     verdicts = gate.compare(
         [outcome.anomalous for outcome in before.outcomes],
         [outcome.trajectory.verdict.anomaly_present for outcome in before.outcomes],
@@ -91,8 +93,9 @@ def compare(before: Played, after: Played) -> dict[str, Change]:
         "balanced_accuracy": Change(verdicts.live, verdicts.candidate, verdicts.low, verdicts.high),
     }
     for name, chosen in _kinds(before.outcomes).items():
-        used = [[float(bool(played.outcomes[i].tools)) for i in chosen] for played in (before, after)]
-        changes[f"tools_on_{name}"] = mean_change(*used)
+        if chosen:
+            used = [[float(bool(played.outcomes[i].tools)) for i in chosen] for played in (before, after)]
+            changes[f"tools_on_{name}"] = mean_change(*used)
     return changes
 
 

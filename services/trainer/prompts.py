@@ -38,8 +38,9 @@ class Prompt:
 async def prepare(
     data: str, count: int, seed: int, store: ImageStore, retrieval: RetrievalServiceAsyncStub
 ) -> list[Prompt]:
-    """`count` prompts of procedural parts, or those of a data set's training split (`count` at most), with their
-    pictures in `store` and their normal parts in the exemplar library. The same arguments give the same prompts.
+    """`count` prompts of procedural parts (rounded up to equally many a category), or those of a data set's training
+    split (`count` at most), with their pictures in `store` and their normal parts in the exemplar library. The same
+    arguments give the same prompts.
 
     Raises BadDataError: the data set has no anomalous or no normal sample with known truth.
     """
@@ -88,7 +89,7 @@ def _parts(data: str, count: int, seed: int) -> Iterator[_Part]:
 
 class Curriculum:
     """Whose turn it is: each prompt once an epoch in an order of the seed's, and between them, with the probability
-    `hard_share`, one of those that most members of its last group got wrong (as EMIT does).
+    `hard_share`, one of those that at least half of its last group got wrong (as EMIT does).
     """
 
     def __init__(self, count: int, seed: int, hard_share: float) -> None:

@@ -21,7 +21,6 @@ from typing import Any, Protocol
 import grpc
 import torch
 from rich.console import Console
-from transformers import AutoModelForImageTextToText
 
 from agentiad.v1.events_pb2 import TrajectoryScored
 from agentiad.v1.policy_pb2 import DescribePolicyRequest, PolicyCard
@@ -29,13 +28,14 @@ from agentiad.v1.policy_pb2_grpc import PolicyServiceStub
 from agentiad.v1.retrieval_pb2_grpc import RetrievalServiceStub
 from services.chassis import rpc, topics
 from services.chassis.bus import Bus, make_bus
-from services.chassis.errors import Transient
+from services.chassis.errors import BadInput, Transient
 from services.chassis.images import make_image_store
-from services.trainer import curves, measure, prompts, publishing
+from services.trainer import curves, measure, parallel, prompts, publishing
 from services.trainer.encoding import RolloutEncoder
 from services.trainer.groups import Group
 from services.trainer.journal import METRICS, Journal, summary
-from services.trainer.learner import Learner
+from services.trainer.learner import make_learner
+from services.trainer.parallel import Team, World
 from services.trainer.progress import progress_bar
 from services.trainer.rollout_metrics import busy_s, rollout_metrics, tokens_of
 from services.trainer.rollouts import Rollouts, past_groups
@@ -72,17 +72,17 @@ async def train(settings: RlSettings, services: TrainerSettings, console: Consol
     """Trains `settings.steps` steps and returns the folder of the last version. `replay`: the id of an earlier run,
     whose rollouts are read from the topic instead of asking for new ones.
 
-    Raises OccupiedError; Transient: the services do not answer within their deadlines.
+    Under torchrun every rank calls it; ranks other than 0 only compute, and return the folder of all versions.
+    Raises OccupiedError; BadInput: there is no such earlier run; Transient: the services do not answer within their
+    deadlines; ValueError: the settings do not fit so many ranks; LeaderError, on ranks other than 0: rank 0 has failed.
     """
-    run = Run(settings, services)
-    bus = make_bus(services)
-    try:
-        await bus.ensure_topics(topics.TOPICS)
-        source = _replayed(run, bus, replay) if replay else _live(run, bus, console)
-        async with source as batches:
-            newest = await _loop(run, batches, console)
-    finally:
-        await bus.close()
+    torch.set_num_threads(settings.threads or torch.get_num_threads())
+    with parallel.joined(_patience_s(settings)) as world:
+        if world.rank > 0:
+            console.quiet = True
+            parallel.follow(make_learner(settings, Renderer.from_checkpoint(settings.base), world), world)
+            return settings.out / VERSIONS
+        newest = await _lead(settings, services, console, replay, world)
     curves.draw(settings.out / METRICS, settings.out / "curves.png")
     if settings.data == prompts.PROCEDURAL and settings.measured:
         report = settings.out / "report.json"
@@ -92,21 +92,37 @@ async def train(settings: RlSettings, services: TrainerSettings, console: Consol
     return newest
 
 
+async def _lead(settings: RlSettings, services: TrainerSettings, console: Console, replay: str, world: World) -> Path:
+    run = Run(settings, services, world)
+    bus = make_bus(services)
+    try:
+        await bus.ensure_topics(topics.TOPICS)
+        source = _replayed(run, bus, replay) if replay else _live(run, bus, console)
+        async with source as batches:
+            return await _loop(run, batches, console)
+    finally:
+        await bus.close()
+
+
+def _patience_s(settings: RlSettings) -> float:
+    """More than rank 0 can spend between two calls of its learner: its deadlines, and an hour for prompts and files."""
+    return 2 * settings.group_deadline_s + 2 * settings.version_deadline_s + 3600
+
+
 class Run:
     """All that a run is on this machine: its folder, its id, its learner and its checkpoint."""
 
-    def __init__(self, settings: RlSettings, services: TrainerSettings) -> None:
+    def __init__(self, settings: RlSettings, services: TrainerSettings, world: World) -> None:
         self.settings, self.services = settings, services
-        torch.set_num_threads(settings.threads or torch.get_num_threads())
-        torch.manual_seed(settings.seed)
         self.work = settings.out / "work"
         self.run_id = _occupy(settings, self.work)
         self.renderer = Renderer.from_checkpoint(settings.base)
-        reference = _load(settings.base) if settings.kl else None
-        self.learner = Learner(settings, _load(settings.base), reference, self.renderer)
+        learner = make_learner(settings, self.renderer, world)
+        self.learner = learner if world.size == 1 else Team(learner, world)
         self.encoder = RolloutEncoder(self.renderer, make_image_store(services))
         self.step = 0
         self.version = ""
+        self.trained: list[list[str]] = []  # group ids of each step
 
     def resume(self, source: Source) -> bool:
         """Puts the last checkpoint in place, if there is one."""
@@ -114,7 +130,7 @@ class Run:
         if not path.exists():
             return False
         state = torch.load(path, weights_only=True)
-        self.step, self.version = state["step"], state["version"]
+        self.step, self.version, self.trained = state["step"], state["version"], state["trained"]
         self.learner.restore(state["learner"])
         source.restore(state["source"])
         torch.set_rng_state(state["random"])
@@ -125,6 +141,7 @@ class Run:
         state = {
             "step": self.step,
             "version": self.version,
+            "trained": self.trained,
             "learner": self.learner.state(),
             "source": source_state,
             "random": torch.get_rng_state(),
@@ -149,7 +166,6 @@ class Run:
             shutil.rmtree(partial)
         else:
             partial.rename(self.folder)
-        publishing.prune(self.settings.out / VERSIONS, self.settings.keep_versions)
         return self.folder
 
     @property
@@ -171,7 +187,7 @@ async def _loop(run: Run, source: Source, console: Console) -> Path:
             idle_s = time.monotonic() - waiting
             learnt = await asyncio.to_thread(_learn, run, groups)
             run.step += 1
-            await _publish(run, source)
+            run.trained.append([group.group_id for group in groups])
             seen = source.seen()
             now = time.time()
             metrics = {
@@ -183,6 +199,8 @@ async def _loop(run: Run, source: Source, console: Console) -> Path:
             began = now
             journal.record(run.step, metrics)
             journal.keep(run.step, [member for group in groups for member in group.members])
+            # After its line: a step that is in the checkpoint is never told again.
+            await _publish(run, source)
             progress.update(bar, completed=run.step, description=f"steps  {summary(metrics)}")
     journal.close()
     return run.folder
@@ -203,6 +221,7 @@ async def _publish(run: Run, source: Source) -> None:
     if due or run.step % run.settings.checkpoint_every == 0:
         await asyncio.to_thread(run.save, source.state())
     if due:
+        publishing.prune(run.settings.out / VERSIONS, run.settings.keep_versions)
         await source.published(run.version, run.folder)
 
 
@@ -221,8 +240,7 @@ def _standing(source: Source, groups: Sequence[Group]) -> dict[str, float]:
     if not isinstance(source, _Live):
         return {}
     state = source.rollouts.groups
-    # Their versions were the newest before the one that was just published.
-    ages = [state.staleness(group) - 1 for group in groups]
+    ages = [state.staleness(group) for group in groups]
     return {
         "staleness/mean": sum(ages) / len(ages),
         "staleness/worst": max(ages),
@@ -236,18 +254,49 @@ class _Live:
 
     def __init__(self, run: Run, bus: Bus, rollouts: Rollouts, policy: Any) -> None:
         self._run, self._bus, self.rollouts, self._policy = run, bus, rollouts, policy
+        self._serving: asyncio.Task[None] | None = None  # of the newest version
 
     async def take(self) -> list[Group]:
-        return await self.rollouts.take()
+        """Raises Transient: the newest version is not served, or no rollouts come, within their deadlines."""
+        taking = asyncio.create_task(self.rollouts.take())
+        try:
+            if self._serving is not None:
+                await asyncio.wait([taking, self._serving], return_when=asyncio.FIRST_COMPLETED)
+                if self._serving.done():
+                    self._serving.result()
+            return await taking
+        finally:
+            taking.cancel()
 
     def seen(self) -> Sequence[TrajectoryScored]:
         return self.rollouts.seen()
 
     async def published(self, version: str, folder: Path) -> None:
-        """Synchronous runs wait until the policy serves it: rollouts by the one before would be too old."""
-        await self.publish(version, folder)
+        """A synchronous run asks for nothing until the policy serves it: rollouts by the one before would be too old.
+        Another one goes on, but for the deadline.
+        """
         if self._run.settings.max_staleness == 0:
-            await self.served(version)
+            self.rollouts.asking.clear()
+        await self.publish(version, folder)
+        await self._stop_waiting()
+        self._serving = asyncio.create_task(self._ask_by(version))
+
+    async def _ask_by(self, version: str) -> None:
+        await self.served(version)
+        self.rollouts.asking.set()
+
+    async def _stop_waiting(self) -> None:
+        if self._serving is not None:
+            self._serving.cancel()
+            await asyncio.gather(self._serving, return_exceptions=True)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        async with self.rollouts.reading():
+            try:
+                yield
+            finally:
+                await self._stop_waiting()
 
     async def publish(self, version: str, folder: Path) -> None:
         name = topics.candidate_of(self._run.settings.policy)
@@ -300,7 +349,7 @@ async def _live(run: Run, bus: Bus, console: Console) -> AsyncIterator[Source]:
         await source.publish(run.version, run.folder)
         await source.served(run.version)
         await source.rollouts.ask_again()
-        async with source.rollouts.reading():
+        async with source.running():
             yield source
 
 
@@ -331,6 +380,11 @@ class _Replay:
 @asynccontextmanager
 async def _replayed(run: Run, bus: Bus, past: str) -> AsyncIterator[Source]:
     groups = await past_groups(bus, past, divide_by_std=run.settings.divide_by_std)
+    if len(groups) < run.settings.groups:
+        raise BadInput(
+            f"of run {past!r} the topic {topics.SCORED_TRAJECTORIES} holds {len(groups)} whole groups whose rewards "
+            f"differ, and a step takes {run.settings.groups}"
+        )
     source = _Replay(run.settings, groups)
     if not run.resume(source):
         await asyncio.to_thread(run.make_version)
@@ -344,6 +398,8 @@ def _occupy(settings: RlSettings, work: Path) -> str:
         raise OccupiedError(f"{settings.out} holds something else already: choose another folder")
     work.mkdir(parents=True, exist_ok=True)
     (settings.out / VERSIONS).mkdir(exist_ok=True)
+    for torn in (settings.out / VERSIONS).glob(".*"):  # left by a kill
+        shutil.rmtree(torn)
     identity, name = work / "settings.json", work / "run"
     if identity.exists() and identity.read_text() != settings.identity():
         raise OccupiedError(f"{settings.out} holds a run with other settings ({identity}): choose another folder")
@@ -351,7 +407,3 @@ def _occupy(settings: RlSettings, work: Path) -> str:
     if not name.exists():
         name.write_text(uuid.uuid4().hex[:12])
     return name.read_text()
-
-
-def _load(checkpoint: Path) -> Any:
-    return AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32, local_files_only=True)

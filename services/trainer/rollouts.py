@@ -1,7 +1,8 @@
 """The trainer's end of the bus: asks for groups of rollouts, gathers them scored, and never asks for too many.
 
-In flight are `max_staleness` + 1 batches at the most, the one in training included. With a version after each step and
-batches played in the order they were asked for, no group then is more than `max_staleness` versions old.
+In flight are `max_staleness` + 1 batches at the most, the one in training included: what is asked for is then trained at
+most `max_staleness` steps after the version that was newest. Where versions take longer to be served than a batch to be
+played, some groups come too old all the same, and are dropped.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ class Rollouts:
         self._in_training = 0
         self._seen: list[TrajectoryScored] = []
         self._arrived = asyncio.Event()
+        # Clear: nothing new is asked for now.
+        self.asking = asyncio.Event()
+        self.asking.set()
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[None]:
@@ -121,6 +125,8 @@ class Rollouts:
                 await self._fill()  # a group that was dropped is replaced at once
 
     async def _fill(self) -> None:
+        if not self.asking.is_set():
+            return
         capacity = (self._settings.max_staleness + 1) * self._settings.groups - self._in_training
         asked = []
         for _ in range(self.groups.room(capacity)):
@@ -151,7 +157,7 @@ class Rollouts:
                     max_tool_calls=settings.max_tool_calls,
                     max_new_tokens=settings.max_new_tokens,
                 ),
-                probe_verdicts=settings.reward.startswith("gated"),
+                probe_verdicts=settings.probe_verdicts,
                 reward_preset=settings.reward,
             )
             for member, seed in enumerate(seeds)
@@ -186,10 +192,13 @@ async def past_groups(bus: Bus, run: str, *, divide_by_std: bool) -> list[Group]
     # Ends by itself when all that lay there is read.
     waiting = asyncio.create_task(caught_up.wait())
     waiting.add_done_callback(lambda _: stop.set())
-    async for event in bus.read(topics.SCORED_TRAJECTORIES, from_beginning=True, stop=stop, caught_up=caught_up):
-        scored = parse_scored(event, run)
-        if scored is not None:
-            asked.setdefault(scored.completed.group_id, {})[scored.completed.member] = scored
+    try:
+        async for event in bus.read(topics.SCORED_TRAJECTORIES, from_beginning=True, stop=stop, caught_up=caught_up):
+            scored = parse_scored(event, run)
+            if scored is not None:
+                asked.setdefault(scored.completed.group_id, {})[scored.completed.member] = scored
+    finally:
+        waiting.cancel()
     groups = Groups(max_staleness=0, deadline_s=0.0, divide_by_std=divide_by_std)
     for group_id in sorted(asked):
         groups.request(group_id, int(group_id.rpartition("-")[2]), 0.0)

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from services.chassis.settings import Address, BusSettings, ImageSettings
+from services.reward.presets import parse
 
 
 class TokenWeights(BaseModel):
@@ -22,8 +23,9 @@ class TokenWeights(BaseModel):
 # What differs from the defaults below, which make pocket.
 PRESETS: dict[str, dict[str, object]] = {
     "pocket": {},
-    # An eighth of the steps: a policy that has the habits and often errs, for RL to begin from.
-    "pocket-undertrained": {"samples": 800, "epochs": 1.0, "pretext_steps": 250},
+    # A third of the steps: a policy that has the habits and often errs, for RL to begin from. (Of a tenth it has no
+    # habits yet, and its samples are noise.)
+    "pocket-undertrained": {"samples": 5600, "epochs": 1.0, "pretext_steps": 500},
     # AgentIAD's own SFT of Qwen2.5-VL-3B (arXiv 2512.13671): tower frozen, lr 2e-5, warm-up 5 %, batch 16; AdamW.
     "pretrained": {
         "freeze_vision": True, "pretext_steps": 0, "muon_lr": 0.0, "adam_lr": 2e-5, "batch": 16, "warmup_steps": 50,
@@ -88,18 +90,30 @@ class TrainerSettings(BusSettings, ImageSettings):
     retrieval_address: Address = "127.0.0.1:50053"
 
 
-# What differs from the defaults below, which improve pocket.
+# AgentIAD's own RL as its paper writes it (arXiv 2512.13671): 366 prompts three times (137 steps of 8 groups), group 8,
+# temperature 1, lr 1e-6, clip 0.2, KL 0.1, rewards divided by their group's deviation. What it does not say: the rate
+# stays as it is; the tower is frozen, as in its SFT.
+_PAPER: dict[str, object] = {
+    "prompts": 366, "steps": 137, "groups": 8, "group_size": 8, "hard_share": 0.0, "temperature": 1.0,
+    "reward": "paper", "divide_by_std": True, "clip_low": 0.2, "clip_high": 0.2, "kl": 0.1,
+    "adam_lr": 1e-6, "final_rate": 1.0, "freeze_vision": True, "max_new_tokens": 1024,
+    "dtype": "bfloat16", "gradient_checkpointing": True, "micro_batch": 1,
+    "keep_versions": 3, "version_deadline_s": 900.0, "group_deadline_s": 1800.0,
+}  # fmt: skip
+
+# What differs from the defaults below, which improve pocket. Of a node of 8 GPUs of 80 GB the trainer takes 2 (torchrun
+# --nproc-per-node 2), or more to be faster; policies that roll out take the others. GPU memory, in GB of 10⁹ bytes,
+# where B is 10⁹ parameters: 16 bytes for each that is trained (weight, gradient, Adam's two, in float32), 4 for each of
+# the frozen tower and of KL's reference, spread over the ranks; and on each rank 20 for one episode: logits of 4,096
+# tokens in float32 a few times over (15), recomputed activations, and the layers that are gathered.
 RL_PRESETS: dict[str, dict[str, object]] = {
     "pocket": {},
-    # AgentIAD's own RL of Qwen2.5-VL-3B as its paper writes it (arXiv 2512.13671): group 8, lr 1e-6, clip 0.2, KL 0.1,
-    # temperature 1; for Qwen3-VL-4B the same. bfloat16 and recomputed activations fit it on one GPU of 80 GB.
-    "pretrained": {
-        "reward": "paper", "adam_lr": 1e-6, "clip_high": 0.2, "kl": 0.1, "divide_by_std": True, "freeze_vision": True,
-        "max_new_tokens": 1024, "steps": 137, "prompts": 366, "micro_batch": 1, "dtype": "bfloat16",
-        "gradient_checkpointing": True, "final_rate": 1.0, "keep_versions": 3, "version_deadline_s": 900.0,
-        "group_deadline_s": 1800.0,
-    },
-}  # fmt: skip
+    # 3.09 B x 16 + 0.67 B x 4 + 3.75 B x 4 = 67 GB: with the 20 too much for one GPU; on each of two 34 + 20.
+    "qwen2.5-vl-3b": _PAPER,
+    # 4.02 B x 16 + 0.42 B x 4 + 4.44 B x 4 = 84 GB: on each of two GPUs 42 + 20. With lora_rank=64 there is no second
+    # model and little to train (18 GB + 2): one GPU is enough.
+    "qwen3-vl-4b": _PAPER,
+}
 
 
 class RlSettings(BaseModel):
@@ -142,12 +156,25 @@ class RlSettings(BaseModel):
     freeze_vision: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the forward; weights and updates are float32
     gradient_checkpointing: bool = False
-    lora_rank: int = Field(default=0, ge=0)  # 0: all weights are trained; else adapters, merged into what is served
+    # 0: all weights are trained; else adapters on the language model alone, merged into what is served.
+    lora_rank: int = Field(default=0, ge=0)
 
     checkpoint_every: int = Field(default=1, ge=1)  # steps
     keep_versions: int = Field(default=0, ge=0)  # checkpoint folders on disk; 0: all, for `agentiad policy promote`
     measured: int = Field(default=50, ge=0)  # held-out parts a category that base and last version play at the end
     threads: int = 0  # 0: all cores
+
+    @field_validator("reward")
+    @classmethod
+    def _known_reward(cls, value: str) -> str:
+        parse(value)
+        return value
+
+    @property
+    def probe_verdicts(self) -> bool:
+        """The reward asks what each tool call was worth."""
+        preset = parse(self.reward)
+        return preset.probes and "tools" not in preset.ablated
 
     def identity(self) -> str:
         """All that decides the outcome, as JSON: a resumed run must have the same."""

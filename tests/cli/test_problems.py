@@ -78,7 +78,7 @@ def folder(tmp_path: Path) -> Path:
         ("up --model gone", "gone holds no checkpoint"),
         ("demo --out mine", "mine holds files that no demo made"),
         ("demo --out part.png", "part.png: File exists"),
-        ("train sft --out run --preset typo", "'typo' is none of pocket, pretrained"),
+        ("train sft --out run --preset typo", "'typo' is none of pocket, pocket-undertrained, pretrained"),
     ],
 )
 def test_a_command_says_what_is_wrong(words: str, said: str, folder: Path) -> None:
