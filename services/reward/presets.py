@@ -18,18 +18,20 @@ DEFAULT = "gated"
 @dataclass(frozen=True)
 class Preset:
     """components: of each member of a group, by name, all of `names`. probes: it asks for the verdicts that were forced
-    before tool calls. ablated: components that count nothing.
+    before tool calls. tail: components that what is said after the verdict can still change. ablated: components that
+    count nothing.
     """
 
     components: Callable[[Sequence[Behaviour], Truth], list[dict[str, float]]]
     names: tuple[str, ...]
     probes: bool = False
+    tail: tuple[str, ...] = ("type",)
     ablated: frozenset[str] = frozenset()
 
 
 # Names that begin with another one stand before it.
 _PRESETS = {
-    "gated": Preset(gated.components, gated.COMPONENTS, probes=True),
+    "gated": Preset(gated.components, gated.COMPONENTS, probes=True, tail=("localisation", "type")),
     "paper-as-run": Preset(paper.as_run, paper.AS_RUN),
     "paper": Preset(paper.as_written, paper.AS_WRITTEN),
 }

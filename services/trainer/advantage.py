@@ -22,3 +22,12 @@ def advantages(rewards: Sequence[float], *, divide_by_std: bool) -> list[float] 
         return centred
     deviation = (sum(value * value for value in centred) / len(centred)) ** 0.5
     return [value / (deviation + _FLOOR) for value in centred]
+
+
+def tail_advantages(rewards: Sequence[float], rights: Sequence[bool]) -> list[float]:
+    """Of what was said after the verdict: only rewards that it could still change (`rewards`), against the mean of
+    those whose verdict was right as well. After a wrong verdict there is nothing to gain or to lose: 0.
+    """
+    reached = [reward for reward, right in zip(rewards, rights, strict=True) if right]
+    mean = sum(reached) / len(reached) if reached else 0.0
+    return [reward - mean if right else 0.0 for reward, right in zip(rewards, rights, strict=True)]

@@ -4,6 +4,7 @@ Invariant: a weight above zero stands only on tokens that the policy itself choo
 or the forced opening of a turn.
 """
 
+import bisect
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from services.vlm.render import Chunk, Renderer, TokenChunk
 
 # What carries the decision in a reply: the verdict (at the start, when its opening was forced), numbers, the type.
 _VERDICT = re.compile(r'(?:^|"anomaly_present":)(true|false)')
+_GIVEN = re.compile(r'"anomaly_present"\s*:\s*(true|false)')
 _NUMBER = re.compile(r"\d\.\d+")
 _TYPE = re.compile(r'"top_anomaly":"([^"]*)"')
 
@@ -37,6 +39,7 @@ class Example:
     marks: npt.NDArray[np.float32]  # [m, 6]: image, label, box in the image; for the vision pretext
     # [n], of rollouts: the log-probability of ids[i] under the policy that sampled it, where there is a weight.
     behaviour: npt.NDArray[np.float32] | None = None
+    after_verdict: npt.NDArray[np.bool_] | None = None  # [n], of rollouts: ids[i] was said after the verdict
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def encode_rollout(
     """
     chunks = renderer.render([turn.message for turn in trajectory.turns], open_end=False)
     tensor = torch.from_numpy(grids)
-    chosen, behaviour = _sampled(trajectory, renderer)
+    chosen, behaviour, after = _sampled(trajectory, renderer)
     return Example(
         np.asarray(renderer.expand(chunks, tensor), np.int32),
         _placed(chunks, tensor, renderer, iter(chosen), 0.0),
@@ -115,6 +118,7 @@ def encode_rollout(
         grids,
         np.zeros((0, 6), np.float32),
         _placed(chunks, tensor, renderer, iter(behaviour), np.nan),
+        _placed(chunks, tensor, renderer, iter(after), 0.0) > 0,
     )
 
 
@@ -190,21 +194,43 @@ def _said(
         yield [weights.word if learn else 0.0]
 
 
-def _sampled(trajectory: pb.Trajectory, renderer: Renderer) -> tuple[list[list[float]], list[list[float]]]:
-    """Of each assistant chunk: 1 where the policy chose the token, and its log-probability there."""
+def _sampled(
+    trajectory: pb.Trajectory, renderer: Renderer
+) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
+    """Of each assistant chunk: 1 where the policy chose the token; its log-probability there; 1 after the verdict."""
     chosen: list[list[float]] = []
     behaviour: list[list[float]] = []
-    for turn in trajectory.turns:
+    after: list[list[float]] = []
+
+    def add(own: list[float], log_probabilities: list[float], said: list[float]) -> None:
+        chosen.append(own)
+        behaviour.append(log_probabilities)
+        after.append(said)
+
+    for number, turn in enumerate(trajectory.turns, 1):
         if turn.message.role != pb.ROLE_ASSISTANT:
             continue
         said = turn.generation
+        opening = "".join(segment.text for segment in turn.message.segments[:-1])
         for segment in turn.message.segments[:-1]:  # the forced beginning
             forced = len(renderer.encode(segment.text))
-            chosen.append([0.0] * forced)
-            behaviour.append([math.nan] * forced)
-        chosen.append([float(own) for own in said.loss_mask])
-        behaviour.append(list(said.log_probabilities))
+            add([0.0] * forced, [math.nan] * forced, [0.0] * forced)
+        # A verdict in a reply that could not be read was not the one that counts.
+        counts = number == len(trajectory.turns)
+        verdict = _verdict_length(opening, said.token_ids, renderer) if counts else len(said.token_ids)
+        tail = [0.0] * verdict + [1.0] * (len(said.token_ids) - verdict)
+        add([float(own) for own in said.loss_mask], list(said.log_probabilities), tail)
         if said.token_ids[-1] != renderer.end_of_turn_id:  # then the renderer adds it
-            chosen.append([0.0])
-            behaviour.append([math.nan])
-    return chosen, behaviour
+            add([0.0], [math.nan], [0.0])
+    return chosen, behaviour, after
+
+
+def _verdict_length(opening: str, ids: Sequence[int], renderer: Renderer) -> int:
+    """How many of a turn's ids there are up to its verdict and with it; all of them, where it gives none."""
+
+    def given(length: int) -> bool:
+        return _GIVEN.search(opening + renderer.decode(ids[:length])) is not None
+
+    if not given(len(ids)):
+        return len(ids)
+    return bisect.bisect_left(range(1, len(ids)), True, key=given) + 1

@@ -31,16 +31,20 @@ class RolloutEncoder:
     def encode(self, groups: Sequence[Group]) -> list[Rollout]:
         """One a member, in their order. Raises BadInput, NotFound or Transient: an image cannot be read."""
         return [
-            self.rollout(scored.completed.trajectory, advantage)
+            self.rollout(
+                scored.completed.trajectory,
+                group.advantages[member],
+                None if group.tail_advantages is None else group.tail_advantages[member],
+            )
             for group in groups
-            for scored, advantage in zip(group.members, group.advantages, strict=True)
+            for member, scored in enumerate(group.members)
         ]
 
-    def rollout(self, trajectory: pb.Trajectory, advantage: float) -> Rollout:
+    def rollout(self, trajectory: pb.Trajectory, advantage: float, tail: float | None = None) -> Rollout:
         packed = [self._pack(image) for image in shown(trajectory)]
         patches = np.concatenate([patches for patches, _ in packed])
         grids = np.concatenate([grid for _, grid in packed])
-        return Rollout(encode_rollout(trajectory, patches, grids, self._renderer), advantage)
+        return Rollout(encode_rollout(trajectory, patches, grids, self._renderer), advantage, tail)
 
     def _pack(self, image: pb.Image) -> _Packed:
         key = image.reference.sha256

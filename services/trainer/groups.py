@@ -16,17 +16,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agentiad.v1.events_pb2 import TrajectoryScored
-from services.trainer.advantage import advantages
+from services.trainer.advantage import advantages, tail_advantages
 
 
 @dataclass(frozen=True)
 class Group:
-    """`members` in their order; `advantages` beside them."""
+    """`members` in their order; `advantages` beside them; `tail_advantages` of what each said after its verdict, where
+    that has some of its own.
+    """
 
     group_id: str
     prompt: int
     members: Sequence[TrajectoryScored]
     advantages: Sequence[float]
+    tail_advantages: Sequence[float] | None = None
 
     @property
     def versions(self) -> set[str]:
@@ -44,11 +47,13 @@ class _Waiting:
 
 class Groups:
     """`max_staleness`: how many versions a group's oldest token may lie behind the newest one; `deadline_s`: how long a
-    group may take from its request to its last member.
+    group may take from its request to its last member; `tail`: components of the reward that the words after a verdict
+    can change, none: they share the advantage of the whole.
     """
 
-    def __init__(self, *, max_staleness: int, deadline_s: float, divide_by_std: bool) -> None:
+    def __init__(self, *, max_staleness: int, deadline_s: float, divide_by_std: bool, tail: Sequence[str] = ()) -> None:
         self._max_staleness, self._deadline_s, self._divide_by_std = max_staleness, deadline_s, divide_by_std
+        self._tail = tail
         self._waiting: dict[str, _Waiting] = {}
         self._ready: list[Group] = []
         self.versions: list[str] = []  # in the order of their publication
@@ -91,11 +96,20 @@ class Groups:
         del self._waiting[completed.group_id]
         members = [waiting.members[member] for member in sorted(waiting.members)]
         self._outcomes.append((waiting.prompt, members))
-        found = advantages([member.reward.total for member in members], divide_by_std=self._divide_by_std)
-        if found is None:
+        group = self._compared(completed.group_id, waiting.prompt, members)
+        if group is None:
             self.dropped["equal"] += 1
         else:
-            self._ready.append(Group(completed.group_id, waiting.prompt, members, found))
+            self._ready.append(group)
+
+    def _compared(self, group_id: str, prompt: int, members: Sequence[TrajectoryScored]) -> Group | None:
+        """None: their rewards are equal."""
+        found = advantages([member.reward.total for member in members], divide_by_std=self._divide_by_std)
+        if found is None:
+            return None
+        tails = [sum(member.reward.components[name] for name in self._tail) for member in members]
+        after = tail_advantages(tails, [right(member) for member in members]) if self._tail else None
+        return Group(group_id, prompt, members, found, after)
 
     def outcomes(self) -> list[tuple[int, Sequence[TrajectoryScored]]]:
         """(prompt, members) of the groups that were completed since the last call, dropped ones too."""
@@ -143,9 +157,16 @@ class Groups:
             self._waiting[name] = _Waiting(prompt, now, members)
         for name, prompt, stored in state["ready"]:
             members_ = [TrajectoryScored.FromString(value) for value in stored]
-            found = advantages([member.reward.total for member in members_], divide_by_std=self._divide_by_std)
-            assert found is not None  # or it would not have been ready
-            self._ready.append(Group(name, prompt, members_, found))
+            group = self._compared(name, prompt, members_)
+            assert group is not None  # or it would not have been ready
+            self._ready.append(group)
+
+
+def right(scored: TrajectoryScored) -> bool:
+    """The verdict is there and true."""
+    trajectory = scored.completed.trajectory
+    truth = scored.completed.ground_truth.anomaly_present
+    return trajectory.HasField("verdict") and trajectory.verdict.anomaly_present == truth
 
 
 def _stored(members: Iterable[TrajectoryScored]) -> list[bytes]:

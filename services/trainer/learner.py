@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from peft.helpers import rescale_adapter_scale
 from torch import Tensor, nn
@@ -31,8 +32,19 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Rollout:
+    """`tail_advantage`: of the tokens after the verdict; None: as of the others."""
+
     example: Example
     advantage: float
+    tail_advantage: float | None = None
+
+    def advantages(self) -> npt.NDArray[np.float32]:
+        """Of each weighted token."""
+        weighted = np.flatnonzero(self.example.weights[1:]) + 1
+        placed = np.full(len(weighted), self.advantage, np.float32)
+        if self.tail_advantage is not None and self.example.after_verdict is not None:
+            placed[self.example.after_verdict[weighted]] = self.tail_advantage
+        return placed
 
 
 @dataclass(frozen=True)
@@ -148,7 +160,7 @@ class Learner:
     def _collated(self, rollouts: Sequence[Rollout]) -> tuple[Batch, Tensor]:
         """A micro-batch with the advantage of each weighted token."""
         batch = collate([r.example for r in rollouts], self.codec, self.padding_id, self.image_token_id)
-        return batch, torch.tensor([r.advantage for r in rollouts])[batch.rows]
+        return batch, torch.from_numpy(np.concatenate([rollout.advantages() for rollout in rollouts]))
 
     def _placed(self, batch: Batch) -> Batch:
         """On the rank's device, only while it is used: pixels take most of the memory."""

@@ -379,7 +379,7 @@ class _Replay:
 
 @asynccontextmanager
 async def _replayed(run: Run, bus: Bus, past: str) -> AsyncIterator[Source]:
-    groups = await past_groups(bus, past, divide_by_std=run.settings.divide_by_std)
+    groups = await past_groups(bus, past, run.settings)
     if len(groups) < run.settings.groups:
         raise BadInput(
             f"of run {past!r} the topic {topics.SCORED_TRAJECTORIES} holds {len(groups)} whole groups whose rewards "

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from agentiad.v1 import trajectory_pb2 as pb
 from agentiad.v1.events_pb2 import TrajectoryScored
 from services.agent import protocol
-from services.trainer.rollouts import right
+from services.trainer.groups import right
 
 _TOOLS = {protocol.CROP: "crop", protocol.QUERY: "query"}
 

@@ -1,8 +1,8 @@
 """The trainer's end of the bus: asks for groups of rollouts, gathers them scored, and never asks for too many.
 
-In flight are `max_staleness` + 1 batches at the most, the one in training included: what is asked for is then trained at
-most `max_staleness` steps after the version that was newest. Where versions take longer to be served than a batch to be
-played, some groups come too old all the same, and are dropped.
+In flight are `max_staleness` + 1 batches at the most, the one in training included: what is asked for is then trained
+at most `max_staleness` steps after the version that was newest. Where versions take longer to be served than a batch
+to be played, some groups come too old all the same, and are dropped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from agentiad.v1.trajectory_pb2 import Limits, Sampling
 from services.chassis import telemetry, topics
 from services.chassis.bus import Bus, Event, cloudevents
 from services.chassis.errors import Transient
-from services.trainer.groups import Group, Groups
+from services.trainer.groups import Group, Groups, right
 from services.trainer.prompts import Curriculum, Prompt
 from services.trainer.settings import RlSettings
 
@@ -41,6 +41,7 @@ class Rollouts:
             max_staleness=settings.max_staleness,
             deadline_s=settings.group_deadline_s,
             divide_by_std=settings.divide_by_std,
+            tail=settings.tail,
         )
         self._curriculum = Curriculum(len(prompts), settings.seed, settings.hard_share)
         self._number = 0  # of the next group
@@ -183,7 +184,7 @@ class Rollouts:
         )
 
 
-async def past_groups(bus: Bus, run: str, *, divide_by_std: bool) -> list[Group]:
+async def past_groups(bus: Bus, run: str, settings: RlSettings) -> list[Group]:
     """The whole groups of an earlier run that its topic still holds, those of equal rewards left out, in the order in
     which they were asked for: the same for the same topic, whatever its partitions' order.
     """
@@ -199,7 +200,7 @@ async def past_groups(bus: Bus, run: str, *, divide_by_std: bool) -> list[Group]
                 asked.setdefault(scored.completed.group_id, {})[scored.completed.member] = scored
     finally:
         waiting.cancel()
-    groups = Groups(max_staleness=0, deadline_s=0.0, divide_by_std=divide_by_std)
+    groups = Groups(max_staleness=0, deadline_s=0.0, divide_by_std=settings.divide_by_std, tail=settings.tail)
     for group_id in sorted(asked):
         groups.request(group_id, int(group_id.rpartition("-")[2]), 0.0)
         for scored in asked[group_id].values():
@@ -216,10 +217,3 @@ def parse_scored(event: Event, run: str) -> TrajectoryScored | None:
     except DecodeError:
         telemetry.log.error("no TrajectoryScored", partition=event.partition, offset=event.offset)
         return None
-
-
-def right(scored: TrajectoryScored) -> bool:
-    """The verdict is there and true."""
-    trajectory = scored.completed.trajectory
-    truth = scored.completed.ground_truth.anomaly_present
-    return trajectory.HasField("verdict") and trajectory.verdict.anomaly_present == truth

@@ -95,7 +95,7 @@ class TrainerSettings(BusSettings, ImageSettings):
 # stays as it is; the tower is frozen, as in its SFT.
 _PAPER: dict[str, object] = {
     "prompts": 366, "steps": 137, "groups": 8, "group_size": 8, "hard_share": 0.0, "temperature": 1.0,
-    "reward": "paper", "divide_by_std": True, "clip_low": 0.2, "clip_high": 0.2, "kl": 0.1,
+    "reward": "paper", "credit": "episode", "divide_by_std": True, "clip_low": 0.2, "clip_high": 0.2, "kl": 0.1,
     "adam_lr": 1e-6, "final_rate": 1.0, "freeze_vision": True, "max_new_tokens": 1024,
     "dtype": "bfloat16", "gradient_checkpointing": True, "micro_batch": 1,
     "keep_versions": 3, "version_deadline_s": 900.0, "group_deadline_s": 1800.0,
@@ -141,6 +141,9 @@ class RlSettings(BaseModel):
     group_deadline_s: float = 300.0  # from the request to the last member; then the group is replaced
     version_deadline_s: float = 300.0  # from publishing a version to the policy serving it
 
+    # episode: all tokens of an episode share its advantage, as in GRPO. reward_to_go: those after the verdict get that
+    # of the rewards that they can still change; the verdict's would only be noise to them.
+    credit: Literal["episode", "reward_to_go"] = "reward_to_go"
     divide_by_std: bool = False  # of the group's rewards
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     clip_high: float = Field(default=0.28, gt=0)
@@ -175,6 +178,11 @@ class RlSettings(BaseModel):
         """The reward asks what each tool call was worth."""
         preset = parse(self.reward)
         return preset.probes and "tools" not in preset.ablated
+
+    @property
+    def tail(self) -> tuple[str, ...]:
+        """Components of the reward that are credited to what is said after the verdict alone; see `credit`."""
+        return parse(self.reward).tail if self.credit == "reward_to_go" else ()
 
     def identity(self) -> str:
         """All that decides the outcome, as JSON: a resumed run must have the same."""

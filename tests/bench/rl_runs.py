@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--parts", type=int, default=100, help="held-out parts a category")
     parser.add_argument("--embedded", action="store_true", help="no Kafka, no Triton")
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that Kafka and Triton end, too
     asked.out.mkdir(parents=True, exist_ok=True)
     for seed in asked.seeds:
         for reward in asked.rewards:

@@ -186,7 +186,7 @@ async def check_learning(bus: Bus, out: Path, found: Topics, images: ImageStore)
     names = list(chain.from_iterable(trained))
     assert len(set(names)) == len(names) == 2 * len(trained)
     settings = RlSettings.model_validate({"out": out, **json.loads((out / "work" / "settings.json").read_text())})
-    past = await past_groups(bus, (out / "work" / "run").read_text(), divide_by_std=settings.divide_by_std)
+    past = await past_groups(bus, (out / "work" / "run").read_text(), settings)
     groups = {group.group_id: group for group in past}
     assert all(len(groups[name].members) == settings.group_size for name in names)
     learnt = await asyncio.to_thread(learn, settings, [[groups[name] for name in step] for step in trained], images)

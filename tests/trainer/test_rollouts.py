@@ -289,7 +289,7 @@ async def test_the_past_of_a_run_is_the_same_in_whatever_order_it_lies(tmp_path:
         random.Random(seed).shuffle(lying)
         bus = await make_bus(tmp_path / f"{seed}.db")
         await publish(bus, *lying)
-        found.append(await past_groups(bus, RUN, divide_by_std=False))
+        found.append(await past_groups(bus, RUN, make_settings()))
         await bus.close()
     assert found[0] == found[1] == found[2]
     assert names(found[0]) == [f"run/{i:06d}-{i % 5}" for i in range(12)]
@@ -299,7 +299,7 @@ async def test_the_past_of_a_run_is_the_same_in_whatever_order_it_lies(tmp_path:
 
 async def test_a_run_without_a_past_has_no_groups(bus: SqliteBus) -> None:
     await publish(bus, make_scored("other/000000-0", 0))
-    assert await past_groups(bus, RUN, divide_by_std=False) == []
+    assert await past_groups(bus, RUN, make_settings()) == []
 
 
 @pytest.mark.parametrize(("verdict", "truth", "expected"), [
