@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from services.reward.boxes import Region, area, covered, grown, iou, region_of
 from services.reward.naming import similarity
-from services.reward.reading import Behaviour, Call, Outcome, Truth
+from services.reward.reading import Behaviour, Outcome, Truth
 
 COMPONENTS = ("verdict", "localisation", "type", "format", "tools")
 
@@ -24,9 +24,11 @@ TYPE = 0.2  # the very name of a defect
 FAULT = 0.25  # lost for a reply that cannot be read, a refused call, a verdict that had to be forced
 FAULTS_AT_MOST = 0.5
 HELP = 0.2  # once an episode: more calls that help are not better than fewer
-USELESS_CALL = 0.1  # lost for a probed call that did not help
-# Four useless calls; with FAULTS_AT_MOST it leaves a right verdict above a wrong one.
-USELESS_CALLS_AT_MOST = 0.4
+# Lost for a probed call that did not help: more where the policy knew already than where it looked in vain. Were a vain
+# look as dear, a policy that cannot read comparisons yet would unlearn to ask for them before it learns to read them.
+NEEDLESS_CALL, VAIN_CALL = 0.1, 0.02
+# With FAULTS_AT_MOST it leaves a right verdict above a wrong one.
+CALLS_AT_MOST = 0.4
 # Forced verdicts between these say that the policy does not know.
 UNSURE = (0.25, 0.75)
 # A crop may be larger than the defect by so much on every side for nothing: zoom shows as much around any box.
@@ -76,14 +78,20 @@ def _faults(behaviour: Behaviour) -> float:
 
 
 def _tools(behaviour: Behaviour, truth: Truth) -> float:
-    probed = [call for call in behaviour.calls if call.probe is not None and call.outcome is not Outcome.UNAVAILABLE]
-    helped = sum(_helped(call, behaviour, truth) for call in probed)
-    return (HELP if helped else 0.0) - min(USELESS_CALLS_AT_MOST, USELESS_CALL * (len(probed) - helped))
+    helped, cost = False, 0.0
+    for call in behaviour.calls:
+        if call.probe is None or call.outcome is Outcome.UNAVAILABLE:
+            continue
+        wanting = _wanting(call.probe, truth)
+        # A refused call showed nothing, so it cannot have helped.
+        if wanting and call.outcome is Outcome.SHOWN and truth.agrees(behaviour):
+            helped = True
+        else:
+            cost += VAIN_CALL if wanting else NEEDLESS_CALL
+    return (HELP if helped else 0.0) - min(CALLS_AT_MOST, cost)
 
 
-def _helped(call: Call, behaviour: Behaviour, truth: Truth) -> bool:
-    """A refused call showed nothing, so it cannot have."""
-    if call.probe is None or call.outcome is not Outcome.SHOWN or not truth.agrees(behaviour):
-        return False
-    wrong = (call.probe >= 0.5) != truth.anomalous
-    return wrong or UNSURE[0] < call.probe < UNSURE[1]
+def _wanting(probe: float, truth: Truth) -> bool:
+    """The verdict that was forced before a call was wrong, or unsure."""
+    wrong = (probe >= 0.5) != truth.anomalous
+    return wrong or UNSURE[0] < probe < UNSURE[1]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.trainer.advantage import advantages
+from services.trainer.advantage import advantages, tail_advantages
 
 REWARDS = st.lists(st.floats(-10, 10), min_size=2, max_size=16)
 
@@ -49,3 +49,8 @@ def test_almost_equal_rewards_do_not_explode() -> None:
     found = advantages([0.0, 1e-5], divide_by_std=True)
     assert found is not None
     assert max(found) < 1e-2
+
+
+def test_what_follows_a_verdict_is_compared_with_what_follows_other_right_ones() -> None:
+    assert tail_advantages([0.5, 0.1, 0.9, 0.3], [True, True, False, True]) == pytest.approx([0.2, -0.2, 0, 0])
+    assert tail_advantages([0.5, 0.1], [False, False]) == [0, 0]

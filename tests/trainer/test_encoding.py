@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,6 +27,7 @@ from services.policy.transformers_engine import TransformersEngine
 from services.trainer.batching import Example, PixelCodec, collate
 from services.trainer.encoding import RolloutEncoder, shown
 from services.trainer.groups import Group
+from services.trainer.learner import Rollout
 from services.trainer.loop import weighted_logits
 from services.trainer.losses import token_log_probabilities
 from services.vlm.checkpoint import LoadedPolicy, load
@@ -221,3 +223,28 @@ async def test_a_picture_that_is_gone_is_said(site: Site) -> None:
     reference.uri, reference.sha256 = reference.uri.replace(reference.sha256, "0" * 64), "0" * 64
     with pytest.raises(NotFound, match="0" * 64):
         site.encoder.rollout(trajectory, 1.0)
+
+
+async def test_only_what_follows_the_verdict_that_counts_is_marked(site: Site) -> None:
+    """Marked tokens spell what comes after `true` or `false` in the last reply; nothing else is marked."""
+    decode = site.policy.renderer.decode
+    seen = 0
+    for trajectory, example in zip(site.trajectories, site.examples(), strict=True):
+        assert example.after_verdict is not None
+        marked = decode(example.ids[example.after_verdict].tolist())
+        last = trajectory.turns[-1].generation
+        text = "".join(segment.text for segment in trajectory.turns[-1].message.segments[:-1]) + decode(last.token_ids)
+        found = re.search(r'"anomaly_present"\s*:\s*(true|false)', text)
+        assert marked == (text[found.end() :] if found else "")
+        assert (example.weights[example.after_verdict] == 1).all()
+        seen += bool(marked)
+    assert seen or site.policy.card.base_model != "pocket"
+
+
+async def test_the_tail_has_an_advantage_of_its_own(site: Site) -> None:
+    for example in site.examples():
+        assert example.after_verdict is not None
+        weighted = example.after_verdict[1:][example.weights[1:] > 0]
+        placed = Rollout(example, -1.0, 0.25).advantages()
+        assert placed.tolist() == [0.25 if tail else -1.0 for tail in weighted]
+        assert set(Rollout(example, -1.0).advantages()) == {-1.0}
