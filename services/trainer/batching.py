@@ -5,6 +5,7 @@ or the forced opening of a turn.
 """
 
 import bisect
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from agentiad.v1 import trajectory_pb2 as pb
-from services.trainer.settings import TokenWeights
+from services.trainer.settings import EVEN, TokenWeights
 from services.vlm.render import Chunk, Renderer, TokenChunk
 
 # What carries the decision in a reply: the verdict (at the start, when its opening was forced), numbers, the type.
@@ -40,6 +41,7 @@ class Example:
     # [n], of rollouts: the log-probability of ids[i] under the policy that sampled it, where there is a weight.
     behaviour: npt.NDArray[np.float32] | None = None
     after_verdict: npt.NDArray[np.bool_] | None = None  # [n], of rollouts: ids[i] was said after the verdict
+    emphasis: npt.NDArray[np.float32] | None = None  # [n], of rollouts: how much the kind of token counts
 
 
 @dataclass(frozen=True)
@@ -104,13 +106,14 @@ def encode_rollout(
     patches: npt.NDArray[np.uint8],
     grids: npt.NDArray[np.int64],
     renderer: Renderer,
+    emphasis: TokenWeights = EVEN,
 ) -> Example:
     """A sampled episode: ids verbatim, weight 1 on each token that the policy chose. `patches` (packed) and `grids` of
     all its images in their order.
     """
     chunks = renderer.render([turn.message for turn in trajectory.turns], open_end=False)
     tensor = torch.from_numpy(grids)
-    chosen, behaviour, after = _sampled(trajectory, renderer)
+    chosen, behaviour, after, kinds = _sampled(trajectory, renderer, emphasis)
     return Example(
         np.asarray(renderer.expand(chunks, tensor), np.int32),
         _placed(chunks, tensor, renderer, iter(chosen), 0.0),
@@ -119,6 +122,7 @@ def encode_rollout(
         np.zeros((0, 6), np.float32),
         _placed(chunks, tensor, renderer, iter(behaviour), np.nan),
         _placed(chunks, tensor, renderer, iter(after), 0.0) > 0,
+        _placed(chunks, tensor, renderer, iter(kinds), 0.0),
     )
 
 
@@ -194,18 +198,15 @@ def _said(
         yield [weights.word if learn else 0.0]
 
 
-def _sampled(
-    trajectory: pb.Trajectory, renderer: Renderer
-) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
-    """Of each assistant chunk: 1 where the policy chose the token; its log-probability there; 1 after the verdict."""
-    chosen: list[list[float]] = []
-    behaviour: list[list[float]] = []
-    after: list[list[float]] = []
+def _sampled(trajectory: pb.Trajectory, renderer: Renderer, emphasis: TokenWeights) -> tuple[list[list[float]], ...]:
+    """Of each assistant chunk: 1 where the policy chose the token; its log-probability there; 1 after the verdict; what
+    its kind counts.
+    """
+    columns: tuple[list[list[float]], ...] = ([], [], [], [])
 
-    def add(own: list[float], log_probabilities: list[float], said: list[float]) -> None:
-        chosen.append(own)
-        behaviour.append(log_probabilities)
-        after.append(said)
+    def add(*values: list[float]) -> None:
+        for column, value in zip(columns, values, strict=True):
+            column.append(value)
 
     for number, turn in enumerate(trajectory.turns, 1):
         if turn.message.role != pb.ROLE_ASSISTANT:
@@ -214,15 +215,24 @@ def _sampled(
         opening = "".join(segment.text for segment in turn.message.segments[:-1])
         for segment in turn.message.segments[:-1]:  # the forced beginning
             forced = len(renderer.encode(segment.text))
-            add([0.0] * forced, [math.nan] * forced, [0.0] * forced)
+            add([0.0] * forced, [math.nan] * forced, [0.0] * forced, [0.0] * forced)
         # A verdict in a reply that could not be read was not the one that counts.
         counts = number == len(trajectory.turns)
         verdict = _verdict_length(opening, said.token_ids, renderer) if counts else len(said.token_ids)
         tail = [0.0] * verdict + [1.0] * (len(said.token_ids) - verdict)
-        add([float(own) for own in said.loss_mask], list(said.log_probabilities), tail)
+        kinds = _kinds(said.token_ids, renderer, emphasis)
+        add([float(own) for own in said.loss_mask], list(said.log_probabilities), tail, kinds)
         if said.token_ids[-1] != renderer.end_of_turn_id:  # then the renderer adds it
-            add([0.0], [math.nan], [0.0])
-    return chosen, behaviour, after
+            add([0.0], [math.nan], [0.0], [0.0])
+    return columns
+
+
+def _kinds(ids: Sequence[int], renderer: Renderer, emphasis: TokenWeights) -> list[float]:
+    """What each token of a reply counts. Characters that are split between tokens do not matter: no kind has any."""
+    pieces = [renderer.decode([token]) for token in ids]
+    ends = list(itertools.accumulate(map(len, pieces)))
+    offsets = [(end - len(piece), end) for piece, end in zip(pieces, ends, strict=True)]
+    return text_weights("".join(pieces), offsets, emphasis)
 
 
 def _verdict_length(opening: str, ids: Sequence[int], renderer: Renderer) -> int:

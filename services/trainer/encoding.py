@@ -13,6 +13,7 @@ from services.chassis.images import ImageStore
 from services.trainer.batching import PixelCodec, encode_rollout
 from services.trainer.groups import Group
 from services.trainer.learner import Rollout
+from services.trainer.settings import EVEN, TokenWeights
 from services.vlm.render import Renderer
 
 # Packed images kept: each first view is shown to all members of its group.
@@ -23,8 +24,8 @@ _Packed = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
 class RolloutEncoder:
     """Blocking; one call at a time."""
 
-    def __init__(self, renderer: Renderer, store: ImageStore) -> None:
-        self._renderer, self._store = renderer, store
+    def __init__(self, renderer: Renderer, store: ImageStore, emphasis: TokenWeights = EVEN) -> None:
+        self._renderer, self._store, self._emphasis = renderer, store, emphasis
         self._codec = PixelCodec(renderer.processor.image_processor)
         self._packed: OrderedDict[str, _Packed] = OrderedDict()
 
@@ -44,7 +45,7 @@ class RolloutEncoder:
         packed = [self._pack(image) for image in shown(trajectory)]
         patches = np.concatenate([patches for patches, _ in packed])
         grids = np.concatenate([grid for _, grid in packed])
-        return Rollout(encode_rollout(trajectory, patches, grids, self._renderer), advantage, tail)
+        return Rollout(encode_rollout(trajectory, patches, grids, self._renderer, self._emphasis), advantage, tail)
 
     def _pack(self, image: pb.Image) -> _Packed:
         key = image.reference.sha256

@@ -39,12 +39,12 @@ class Rollout:
     tail_advantage: float | None = None
 
     def advantages(self) -> npt.NDArray[np.float32]:
-        """Of each weighted token."""
+        """Of each weighted token, times what its kind counts."""
         weighted = np.flatnonzero(self.example.weights[1:]) + 1
         placed = np.full(len(weighted), self.advantage, np.float32)
         if self.tail_advantage is not None and self.example.after_verdict is not None:
             placed[self.example.after_verdict[weighted]] = self.tail_advantage
-        return placed
+        return placed if self.example.emphasis is None else placed * self.example.emphasis[weighted]
 
 
 @dataclass(frozen=True)

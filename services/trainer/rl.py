@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import grpc
 import torch
 from rich.console import Console
+from transformers.utils import logging
 
 from agentiad.v1.events_pb2 import TrajectoryScored
 from agentiad.v1.policy_pb2 import DescribePolicyRequest, PolicyCard
@@ -76,6 +77,7 @@ async def train(settings: RlSettings, services: TrainerSettings, console: Consol
     Raises OccupiedError; BadInput: there is no such earlier run; Transient: the services do not answer within their
     deadlines; ValueError: the settings do not fit so many ranks; LeaderError, on ranks other than 0: rank 0 has failed.
     """
+    logging.disable_progress_bar()  # it would draw over our own
     torch.set_num_threads(settings.threads or torch.get_num_threads())
     with parallel.joined(_patience_s(settings)) as world:
         if world.rank > 0:
@@ -93,7 +95,7 @@ async def train(settings: RlSettings, services: TrainerSettings, console: Consol
 
 
 async def _lead(settings: RlSettings, services: TrainerSettings, console: Console, replay: str, world: World) -> Path:
-    run = Run(settings, services, world)
+    run = Run(settings, services, world, replay)
     bus = make_bus(services)
     try:
         await bus.ensure_topics(topics.TOPICS)
@@ -112,14 +114,14 @@ def _patience_s(settings: RlSettings) -> float:
 class Run:
     """All that a run is on this machine: its folder, its id, its learner and its checkpoint."""
 
-    def __init__(self, settings: RlSettings, services: TrainerSettings, world: World) -> None:
+    def __init__(self, settings: RlSettings, services: TrainerSettings, world: World, replay: str) -> None:
         self.settings, self.services = settings, services
         self.work = settings.out / "work"
-        self.run_id = _occupy(settings, self.work)
+        self.run_id = _occupy(settings, self.work, replay)
         self.renderer = Renderer.from_checkpoint(settings.base)
         learner = make_learner(settings, self.renderer, world)
         self.learner = learner if world.size == 1 else Team(learner, world)
-        self.encoder = RolloutEncoder(self.renderer, make_image_store(services))
+        self.encoder = RolloutEncoder(self.renderer, make_image_store(services), settings.weights)
         self.step = 0
         self.version = ""
         self.trained: list[list[str]] = []  # group ids of each step
@@ -202,6 +204,8 @@ async def _loop(run: Run, source: Source, console: Console) -> Path:
             # After its line: a step that is in the checkpoint is never told again.
             await _publish(run, source)
             progress.update(bar, completed=run.step, description=f"steps  {summary(metrics)}")
+    if run.step < settings.steps:  # a replay that had no more
+        await _publish(run, source, last=True)
     journal.close()
     return run.folder
 
@@ -210,10 +214,9 @@ def _learn(run: Run, groups: Sequence[Group]) -> dict[str, float]:
     return run.learner.step(run.encoder.encode(groups), run.step / run.settings.steps)
 
 
-async def _publish(run: Run, source: Source) -> None:
-    """A version, if it is time for one, into the checkpoint and then to whoever follows."""
-    last = run.step == run.settings.steps
-    due = last or run.step % run.settings.publish_every == 0
+async def _publish(run: Run, source: Source, last: bool = False) -> None:
+    """A version, if it is time for one or the `last` one, into the checkpoint and then to whoever follows."""
+    due = last or run.step == run.settings.steps or run.step % run.settings.publish_every == 0
     if due:
         await asyncio.to_thread(run.make_version)
         if isinstance(source, _Live):
@@ -276,14 +279,14 @@ class _Live:
         Another one goes on, but for the deadline.
         """
         if self._run.settings.max_staleness == 0:
-            self.rollouts.asking.clear()
+            self.rollouts.pause()
         await self.publish(version, folder)
         await self._stop_waiting()
         self._serving = asyncio.create_task(self._ask_by(version))
 
     async def _ask_by(self, version: str) -> None:
         await self.served(version)
-        self.rollouts.asking.set()
+        self.rollouts.go_on()
 
     async def _stop_waiting(self) -> None:
         if self._serving is not None:
@@ -391,8 +394,9 @@ async def _replayed(run: Run, bus: Bus, past: str) -> AsyncIterator[Source]:
     yield source
 
 
-def _occupy(settings: RlSettings, work: Path) -> str:
+def _occupy(settings: RlSettings, work: Path, replay: str) -> str:
     """Takes the folder for this run, or finds that this run has it already; the run's id."""
+    said = f"{settings.identity()}\nreplay: {replay}\n"
     others = {path.name for path in settings.out.iterdir()} - {SERVICES} if settings.out.exists() else set()
     if others and not work.exists():
         raise OccupiedError(f"{settings.out} holds something else already: choose another folder")
@@ -400,10 +404,10 @@ def _occupy(settings: RlSettings, work: Path) -> str:
     (settings.out / VERSIONS).mkdir(exist_ok=True)
     for torn in (settings.out / VERSIONS).glob(".*"):  # left by a kill
         shutil.rmtree(torn)
-    identity, name = work / "settings.json", work / "run"
-    if identity.exists() and identity.read_text() != settings.identity():
+    identity, name = work / "settings", work / "run"
+    if identity.exists() and identity.read_text() != said:
         raise OccupiedError(f"{settings.out} holds a run with other settings ({identity}): choose another folder")
-    identity.write_text(settings.identity())
+    identity.write_text(said)
     if not name.exists():
         name.write_text(uuid.uuid4().hex[:12])
     return name.read_text()

@@ -49,9 +49,7 @@ class Rollouts:
         self._in_training = 0
         self._seen: list[TrajectoryScored] = []
         self._arrived = asyncio.Event()
-        # Clear: nothing new is asked for now.
-        self.asking = asyncio.Event()
-        self.asking.set()
+        self._paused = False
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[None]:
@@ -84,6 +82,14 @@ class Rollouts:
                     await self._arrived.wait()
             except TimeoutError:
                 pass  # a deadline may have passed
+
+    def pause(self) -> None:
+        """Asks for nothing new until `go_on`."""
+        self._paused = True
+
+    def go_on(self) -> None:
+        self._paused = False
+        self._arrived.set()
 
     def seen(self) -> list[TrajectoryScored]:
         """The members of all groups that were completed since the last call, those with nothing to teach included."""
@@ -126,7 +132,7 @@ class Rollouts:
                 await self._fill()  # a group that was dropped is replaced at once
 
     async def _fill(self) -> None:
-        if not self.asking.is_set():
+        if self._paused:
             return
         capacity = (self._settings.max_staleness + 1) * self._settings.groups - self._in_training
         asked = []

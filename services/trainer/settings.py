@@ -20,6 +20,8 @@ class TokenWeights(BaseModel):
     word: float = 0.5  # thoughts and format, learnt within the first hundred steps
 
 
+EVEN = TokenWeights(verdict=1.0, coordinate=1.0, type=1.0, word=1.0)
+
 # What differs from the defaults below, which make pocket.
 PRESETS: dict[str, dict[str, object]] = {
     "pocket": {},
@@ -95,7 +97,8 @@ class TrainerSettings(BusSettings, ImageSettings):
 # stays as it is; the tower is frozen, as in its SFT.
 _PAPER: dict[str, object] = {
     "prompts": 366, "steps": 137, "groups": 8, "group_size": 8, "hard_share": 0.0, "temperature": 1.0,
-    "reward": "paper", "credit": "episode", "divide_by_std": True, "clip_low": 0.2, "clip_high": 0.2, "kl": 0.1,
+    "reward": "paper", "credit": "episode", "weights": EVEN, "divide_by_std": True,
+    "clip_low": 0.2, "clip_high": 0.2, "kl": 0.1,
     "adam_lr": 1e-6, "final_rate": 1.0, "freeze_vision": True, "max_new_tokens": 1024,
     "dtype": "bfloat16", "gradient_checkpointing": True, "micro_batch": 1,
     "keep_versions": 3, "version_deadline_s": 900.0, "group_deadline_s": 1800.0,
@@ -144,6 +147,7 @@ class RlSettings(BaseModel):
     # episode: all tokens of an episode share its advantage, as in GRPO. reward_to_go: those after the verdict get that
     # of the rewards that they can still change; the verdict's would only be noise to them.
     credit: Literal["episode", "reward_to_go"] = "reward_to_go"
+    weights: TokenWeights = TokenWeights()  # times the advantage: a few tokens decide, most are habit
     divide_by_std: bool = False  # of the group's rewards
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     clip_high: float = Field(default=0.28, gt=0)

@@ -9,6 +9,7 @@ import cv2
 import torch
 from rich.console import Console
 from transformers import AutoModelForImageTextToText
+from transformers.utils import logging
 
 from agentiad.v1 import trajectory_pb2 as pb
 from agentiad.v1.policy_pb2 import PolicyCard
@@ -45,6 +46,7 @@ def train(settings: SftSettings, console: Console) -> Path:
 
     Raises OccupiedError.
     """
+    logging.disable_progress_bar()  # it would draw over our own
     threads = settings.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     cv2.setNumThreads(1)
