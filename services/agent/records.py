@@ -6,16 +6,13 @@ after the topic's own retention); every copy that is published is byte by byte t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Generic, TypeVar
 
-from redis import exceptions
 from redis.asyncio import Redis
 
 from agentiad.v1 import events_pb2
 from agentiad.v1 import trajectory_pb2 as pb
-from services.chassis.errors import Transient
+from services.chassis.redis_outages import transient
 
 # An episode lasts seconds; steps are of use only until the event is delivered again.
 STEPS_TTL_S = 24 * 3600
@@ -23,16 +20,6 @@ STEPS_TTL_S = 24 * 3600
 RESULT_TTL_S = 14 * 24 * 3600
 # Of a rollout: its trainer waits for minutes. At ten trajectories a second of 10 KB each this is 360 MB.
 ROLLOUT_TTL_S = 3600
-# Redis is away, or there and takes nothing now: a failover, a full memory or disk.
-_UNAVAILABLE = (
-    exceptions.ConnectionError,
-    exceptions.TimeoutError,
-    exceptions.ReadOnlyError,
-    exceptions.OutOfMemoryError,
-    exceptions.TryAgainError,
-    exceptions.ClusterDownError,
-    exceptions.MasterDownError,
-)
 
 
 R = TypeVar("R", events_pb2.InspectionCompleted, events_pb2.TrajectoryCompleted)
@@ -56,7 +43,7 @@ class Records(Generic[R]):
     async def claim_result(self, result: R) -> R:
         """Records the result unless there is one already; returns the one that holds."""
         key = self._result_key(result.event_id)
-        with _transient():
+        with transient():
             first = await self._redis.set(key, result.SerializeToString(), nx=True, ex=self._ttl_s)
             await self._redis.delete(self._steps_key(result.event_id))
         return result if first else await self.result(result.event_id) or result
@@ -66,11 +53,11 @@ class Records(Generic[R]):
         return None if value is None else pb.Trajectory.FromString(value)
 
     async def save_steps(self, event_id: str, trajectory: pb.Trajectory) -> None:
-        with _transient():
+        with transient():
             await self._redis.set(self._steps_key(event_id), trajectory.SerializeToString(), ex=STEPS_TTL_S)
 
     async def _get(self, key: str) -> bytes | None:
-        with _transient():
+        with transient():
             value = await self._redis.get(key)
         assert not isinstance(value, str), "the connection must not decode"
         return value
@@ -80,15 +67,3 @@ class Records(Generic[R]):
 
     def _result_key(self, event_id: str) -> str:
         return f"{self._prefix}:result:{event_id}"
-
-
-@contextmanager
-def _transient() -> Iterator[None]:
-    try:
-        yield
-    except _UNAVAILABLE as error:
-        raise Transient(f"Redis: {error}") from error
-    except exceptions.ResponseError as error:
-        if str(error).startswith("MISCONF"):  # it cannot write to its disk; redis-py has no class for it
-            raise Transient(f"Redis: {error}") from error
-        raise

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from services.cli import problems
+from services.chassis import problems
 from services.data.__main__ import app as data_app
 from services.trainer.__main__ import make_app as make_train_app
 
@@ -229,17 +228,9 @@ def policy_rollback(
 
 
 def main() -> None:
-    """Exit status 2 and one sentence for whatever a person can mend."""
     # It logs the traceback of what it raises as well.
     logging.getLogger("milvus_lite.server_manager").setLevel(logging.CRITICAL)
-    try:
-        app()
-    except Exception as error:
-        sentence = problems.sentence(error)
-        if sentence is None:
-            raise
-        print(sentence, file=sys.stderr)
-        sys.exit(2)
+    problems.run(app)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ def run() -> int:
     from services.policy.settings import PolicySettings
     from services.retrieval.settings import RetrievalSettings
     from services.reward.settings import RewardSettings
+    from services.trainer.settings import TrainerSettings
     from services.zoom.settings import ZoomSettings
 
     classes: dict[str, type[BaseSettings]] = {
         "policy": PolicySettings, "zoom": ZoomSettings, "retrieval": RetrievalSettings, "agent": AgentSettings,
-        "reward": RewardSettings,
+        "reward": RewardSettings, "trainer": TrainerSettings,
     }  # fmt: skip
     table = Table("service", "setting", "value")
     wrong = 0

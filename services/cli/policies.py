@@ -28,7 +28,7 @@ from services.chassis import telemetry, topics
 from services.chassis.bus import Bus, Event, cloudevents
 from services.chassis.errors import BadInput
 from services.chassis.locations import has_scheme
-from services.chassis.settings import load
+from services.chassis.settings import BusSettings, load
 from services.cli.inspect import console, make_progress
 from services.cli.plant import bus_name, open_bus
 from services.evaluation.gate import Comparison, compare
@@ -276,6 +276,10 @@ async def _history(bus: Bus, policy: str) -> History:
 
 @asynccontextmanager
 async def _bus(data_dir: Path) -> AsyncGenerator[Bus, None]:
+    if not load(BusSettings).kafka_bootstrap_servers and not (data_dir / "bus.db").exists():
+        raise BadInput(
+            f"{bus_name(data_dir)}: there is no bus; name the --data-dir of the stack or of the training run"
+        )
     bus = open_bus(data_dir)
     try:
         await bus.ensure_topics(topics.TOPICS)

@@ -14,8 +14,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
-from services.chassis import lifecycle, telemetry, topics
+from services.chassis import lifecycle, problems, telemetry, topics
 from services.chassis.settings import load
 from services.cli.plant import open_bus
 from services.cli.processes import Child, StackError, ready, redis_server, service
@@ -27,6 +28,9 @@ console = Console(stderr=True)
 
 def run_rl(settings: RlSettings, replay: str) -> None:
     """Returns when training has ended; SystemExit 1 if a part failed."""
+    from services.trainer.run import check
+
+    check(settings, replay)
     if replay:
         os.environ.update(_image_places(os.environ))
         rl_alone(settings, replay)
@@ -38,8 +42,12 @@ def run_rl(settings: RlSettings, replay: str) -> None:
         nonlocal failed
         try:
             await _train(settings, stop)
-        except StackError as error:
-            console.print(f"[red]{error}[/red]")
+        except Exception as error:
+            # What a person can mend ends in a sentence, and not in the log as a crash.
+            sentence = str(error) if isinstance(error, StackError) else problems.sentence(error)
+            if sentence is None:
+                raise
+            console.print(f"[red]{escape(sentence)}[/red]")
             failed = True
 
     lifecycle.run(main)
@@ -93,7 +101,7 @@ async def rollout_services(
     """What rollouts take, with a policy that follows the run's candidates: the environment that its processes have been
     given, and the processes.
     """
-    from services.trainer.rl import SERVICES
+    from services.trainer.run import SERVICES
 
     environment, children = dict(os.environ), list[Child]()
     environment |= _image_places(environment)

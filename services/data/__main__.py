@@ -93,4 +93,6 @@ def _say(console: Console, out: Path, summary: Summary) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    from services.chassis import problems
+
+    problems.run(app)

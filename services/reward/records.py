@@ -6,29 +6,16 @@ with its expiry in one transaction.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-from redis import exceptions
 from redis.asyncio import Redis
 
-from services.chassis.errors import Transient
+from services.chassis.redis_outages import transient
 
 # Since the group's last member came. Longer than an event may wait in the retry topic (12 hours) and than a weekend in
 # which no agent runs; trajectories are too large to be kept for longer. A group that is older begins anew.
 GROUP_TTL_S = 3 * 24 * 3600
 _TERMS = "terms"
-# Redis is away, or there and takes nothing now: a failover, a full memory or disk.
-_UNAVAILABLE = (
-    exceptions.ConnectionError,
-    exceptions.TimeoutError,
-    exceptions.ReadOnlyError,
-    exceptions.OutOfMemoryError,
-    exceptions.TryAgainError,
-    exceptions.ClusterDownError,
-    exceptions.MasterDownError,
-)
 
 
 @dataclass(frozen=True)
@@ -48,7 +35,7 @@ class Records:
     async def agree(self, group_id: str, terms: bytes) -> bytes:
         """Records the group's terms unless there are some; returns those that hold."""
         key = _key(group_id)
-        with _transient():
+        with transient():
             async with self._redis.pipeline() as pipe:
                 pipe.hsetnx(key, _TERMS, terms)
                 pipe.expire(key, GROUP_TTL_S)
@@ -62,7 +49,7 @@ class Records:
         none until then."""
         key = _key(group_id)
         body, trace = _fields(number)
-        with _transient():
+        with transient():
             async with self._redis.pipeline() as pipe:
                 pipe.hsetnx(key, body, member.value)
                 pipe.hsetnx(key, trace, member.traceparent.encode("utf-8", "surrogateescape"))
@@ -79,18 +66,6 @@ def _member(value: bytes | str | None, traceparent: bytes | str | None) -> Membe
     assert isinstance(value, bytes), "the connection must not decode"
     assert isinstance(traceparent, bytes), "both are recorded in one transaction"
     return Member(value, traceparent.decode("utf-8", "surrogateescape"))
-
-
-@contextmanager
-def _transient() -> Iterator[None]:
-    try:
-        yield
-    except _UNAVAILABLE as error:
-        raise Transient(f"Redis: {error}") from error
-    except exceptions.ResponseError as error:
-        if str(error).startswith("MISCONF"):  # it cannot write to its disk; redis-py has no class for it
-            raise Transient(f"Redis: {error}") from error
-        raise
 
 
 def _key(group_id: str) -> str:

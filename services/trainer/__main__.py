@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 Out = Annotated[Path, typer.Option(help="Where the checkpoint goes. Run again after an interruption: it resumes.")]
 Seed = Annotated[int, typer.Option(help="Another seed, another run.")]
+
+
+_OPTIONS = frozenset({"out", "base", "data", "reward", "seed"})
 
 
 def make_app(run_rl: Callable[[RlSettings, str], None]) -> typer.Typer:
@@ -69,20 +73,25 @@ def make_app(run_rl: Callable[[RlSettings, str], None]) -> typer.Typer:
         ] = None,
         seed: Seed = 0,
         replay: Annotated[
-            str, typer.Option(help="Id of an earlier run: train from its rollouts on the topic, without any agent.")
+            str,
+            typer.Option(
+                help="Id of an earlier run (it is in its OUT/work/run): train from its rollouts, without any agent."
+            ),
         ] = "",
         changes: Annotated[
             list[str] | None,
             typer.Option(
-                "--set", metavar="NAME=VALUE", help="Any setting of services/trainer/settings.py; repeatable."
+                "--set",
+                metavar="NAME=VALUE",
+                help="Any other of RlSettings in services/trainer/settings.py; repeatable.",
             ),
         ] = None,
     ) -> None:
         """Reinforcement learning (GRPO): sample rollouts, score them, learn, publish versions as they are made."""
-        from services.trainer.settings import RL_PRESETS, rl_preset
+        from services.trainer.settings import RL_PRESETS, RlSettings, rl_preset
 
         _check_preset(preset, RL_PRESETS)
-        chosen: dict[str, object] = dict(_pair(change) for change in changes or [])
+        chosen: dict[str, object] = dict(_pair(change, RlSettings.model_fields) for change in changes or [])
         if reward is not None:
             chosen["reward"] = reward
         run_rl(rl_preset(preset, out=out, base=base, data=data, seed=seed, **chosen), replay)
@@ -111,12 +120,21 @@ def _check_preset(name: str, presets: dict[str, dict[str, object]]) -> None:
         raise typer.BadParameter(f"{name!r} is none of {', '.join(presets)}", param_hint="--preset")
 
 
-def _pair(change: str) -> tuple[str, object]:
+def _pair(change: str, known: Collection[str]) -> tuple[str, object]:
     name, separator, value = change.partition("=")
     if not separator:
         raise typer.BadParameter(f"{change!r} is not NAME=VALUE", param_hint="--set")
+    if name in _OPTIONS:
+        raise typer.BadParameter(f"{name} has an option of its own, --{name}", param_hint="--set")
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise typer.BadParameter(
+            f"there is no setting {name!r}" + (f"; {near[0]}?" if near else ""), param_hint="--set"
+        )
     return name, value
 
 
 if __name__ == "__main__":
-    make_app(rl_alone)()
+    from services.chassis import problems
+
+    problems.run(make_app(rl_alone))

@@ -1,27 +1,37 @@
 """Advantages of a group of rollouts: how much better than its siblings each one was (GRPO, arXiv 2402.03300). Pure."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 # Rewards this near to each other are equal: what is left is rounding.
 _EQUAL = 1e-6
-# Keeps a group of almost equal rewards from exploding under the division.
-_FLOOR = 1e-2
 
 
-def advantages(rewards: Sequence[float], *, divide_by_std: bool) -> list[float] | None:
-    """Reward minus the group's mean, divided by the group's standard deviation where asked for; None when the rewards
-    are all equal: such a group has nothing to teach.
+@dataclass(frozen=True)
+class Scale:
+    """Divides a group's advantages by the deviation of its rewards plus `floor`: without it rewards that hardly differ
+    would be blown up to those that differ by a verdict.
+    """
 
-    Without the division (Dr. GRPO, and AgentIAD as run) hard and easy prompts weigh by how far rewards lie apart.
+    floor: float
+
+    def of(self, rewards: Sequence[float]) -> float:
+        mean = sum(rewards) / len(rewards)
+        return math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / len(rewards)) + self.floor
+
+
+def advantages(rewards: Sequence[float], scale: Scale | None = None) -> list[float] | None:
+    """Reward minus the group's mean, divided by `scale` where there is one; None when the rewards are all equal: such a
+    group has nothing to teach.
+
+    Without a scale (Dr. GRPO, and AgentIAD as run) prompts weigh by how far rewards lie apart.
     """
     mean = sum(rewards) / len(rewards)
     centred = [reward - mean for reward in rewards]
     if max(map(abs, centred)) < _EQUAL:
         return None
-    if not divide_by_std:
-        return centred
-    deviation = (sum(value * value for value in centred) / len(centred)) ** 0.5
-    return [value / (deviation + _FLOOR) for value in centred]
+    return centred if scale is None else [value / scale.of(rewards) for value in centred]
 
 
 def tail_advantages(rewards: Sequence[float], rights: Sequence[bool]) -> list[float]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agentiad.v1.events_pb2 import TrajectoryScored
-from services.trainer.advantage import advantages, tail_advantages
+from services.trainer.advantage import Scale, advantages, tail_advantages
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,10 @@ class Groups:
     can change, none: they share the advantage of the whole.
     """
 
-    def __init__(self, *, max_staleness: int, deadline_s: float, divide_by_std: bool, tail: Sequence[str] = ()) -> None:
-        self._max_staleness, self._deadline_s, self._divide_by_std = max_staleness, deadline_s, divide_by_std
+    def __init__(
+        self, *, max_staleness: int, deadline_s: float, scale: Scale | None = None, tail: Sequence[str] = ()
+    ) -> None:
+        self._max_staleness, self._deadline_s, self._scale = max_staleness, deadline_s, scale
         self._tail = tail
         self._waiting: dict[str, _Waiting] = {}
         self._ready: list[Group] = []
@@ -104,11 +106,16 @@ class Groups:
 
     def _compared(self, group_id: str, prompt: int, members: Sequence[TrajectoryScored]) -> Group | None:
         """None: their rewards are equal."""
-        found = advantages([member.reward.total for member in members], divide_by_std=self._divide_by_std)
+        totals = [member.reward.total for member in members]
+        found = advantages(totals, self._scale)
         if found is None:
             return None
-        tails = [sum(member.reward.components[name] for name in self._tail) for member in members]
-        after = tail_advantages(tails, [right(member) for member in members]) if self._tail else None
+        after = None
+        if self._tail:
+            tails = [sum(member.reward.components[name] for name in self._tail) for member in members]
+            after = tail_advantages(tails, [right(member) for member in members])
+            if self._scale is not None:
+                after = [value / self._scale.of(totals) for value in after]
         return Group(group_id, prompt, members, found, after)
 
     def outcomes(self) -> list[tuple[int, Sequence[TrajectoryScored]]]:

@@ -40,7 +40,7 @@ class Rollouts:
         self.groups = Groups(
             max_staleness=settings.max_staleness,
             deadline_s=settings.group_deadline_s,
-            divide_by_std=settings.divide_by_std,
+            scale=settings.scale,
             tail=settings.tail,
         )
         self._curriculum = Curriculum(len(prompts), settings.seed, settings.hard_share)
@@ -206,7 +206,7 @@ async def past_groups(bus: Bus, run: str, settings: RlSettings) -> list[Group]:
                 asked.setdefault(scored.completed.group_id, {})[scored.completed.member] = scored
     finally:
         waiting.cancel()
-    groups = Groups(max_staleness=0, deadline_s=0.0, divide_by_std=settings.divide_by_std, tail=settings.tail)
+    groups = Groups(max_staleness=0, deadline_s=0.0, scale=settings.scale, tail=settings.tail)
     for group_id in sorted(asked):
         groups.request(group_id, int(group_id.rpartition("-")[2]), 0.0)
         for scored in asked[group_id].values():

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from services.chassis.settings import Address, BusSettings, ImageSettings
 from services.reward.presets import parse
+from services.trainer.advantage import Scale
 
 
 class TokenWeights(BaseModel):
@@ -97,7 +98,7 @@ class TrainerSettings(BusSettings, ImageSettings):
 # stays as it is; the tower is frozen, as in its SFT.
 _PAPER: dict[str, object] = {
     "prompts": 366, "steps": 137, "groups": 8, "group_size": 8, "hard_share": 0.0, "temperature": 1.0,
-    "reward": "paper", "credit": "episode", "weights": EVEN, "divide_by_std": True,
+    "reward": "paper", "credit": "episode", "divide_by_std": True, "std_floor": 1e-4,
     "clip_low": 0.2, "clip_high": 0.2, "kl": 0.1,
     "adam_lr": 1e-6, "final_rate": 1.0, "freeze_vision": True, "max_new_tokens": 1024,
     "dtype": "bfloat16", "gradient_checkpointing": True, "micro_batch": 1,
@@ -127,7 +128,7 @@ class RlSettings(BaseModel):
     data: str = "procedural"  # or a data set whose samples have boxes
     seed: int = 0
     policy: str = "policy"  # versions are published as NAME-candidate
-    steps: int = Field(default=100, ge=1)
+    steps: int = Field(default=80, ge=1)
 
     prompts: int = Field(default=600, ge=2)
     hard_share: float = Field(default=0.25, ge=0, le=1)  # of the groups: prompts that were mostly got wrong last time
@@ -140,15 +141,16 @@ class RlSettings(BaseModel):
     max_new_tokens: int = Field(default=128, ge=8)
 
     max_staleness: int = Field(default=1, ge=0)  # versions; 0: synchronous, rollouts wait for training
-    publish_every: int = Field(default=1, ge=1)  # steps
+    publish_every: int = Field(default=2, ge=1)  # steps; Triton takes about one to load a version of pocket
     group_deadline_s: float = 300.0  # from the request to the last member; then the group is replaced
     version_deadline_s: float = 300.0  # from publishing a version to the policy serving it
 
     # episode: all tokens of an episode share its advantage, as in GRPO. reward_to_go: those after the verdict get that
     # of the rewards that they can still change; the verdict's would only be noise to them.
     credit: Literal["episode", "reward_to_go"] = "reward_to_go"
-    weights: TokenWeights = TokenWeights()  # times the advantage: a few tokens decide, most are habit
-    divide_by_std: bool = False  # of the group's rewards
+    weights: TokenWeights = EVEN  # times the advantage
+    divide_by_std: bool = True  # of the group's rewards, plus this floor: prompts then weigh more alike
+    std_floor: float = Field(default=0.1, gt=0)
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     clip_high: float = Field(default=0.28, gt=0)
     importance_cap: float = Field(default=2.0, ge=1)
@@ -156,7 +158,7 @@ class RlSettings(BaseModel):
     minibatches: int = Field(default=1, ge=1)  # updates a step
     micro_batch: int = Field(default=16, ge=1)  # trajectories a forward
     muon_lr: float = 0.0  # of matrices; 0: AdamW for all
-    adam_lr: float = 3e-4
+    adam_lr: float = 2e-4
     warmup_updates: int = 5
     final_rate: float = Field(default=0.1, ge=0, le=1)  # the learning rate falls to this share of itself
     clip_norm: float = 1.0
@@ -182,6 +184,10 @@ class RlSettings(BaseModel):
         """The reward asks what each tool call was worth."""
         preset = parse(self.reward)
         return preset.probes and "tools" not in preset.ablated
+
+    @property
+    def scale(self) -> Scale | None:
+        return Scale(self.std_floor) if self.divide_by_std else None
 
     @property
     def tail(self) -> tuple[str, ...]:

@@ -13,7 +13,8 @@ from transformers.utils import logging
 
 from agentiad.v1 import trajectory_pb2 as pb
 from agentiad.v1.policy_pb2 import PolicyCard
-from services.trainer import dataset, heldout, publishing
+from services.trainer import dataset, folders, heldout, publishing
+from services.trainer.folders import check_checkpoint
 from services.trainer.loop import Loop, append_metrics
 from services.trainer.progress import progress_bar
 from services.trainer.settings import SftSettings
@@ -37,27 +38,25 @@ class Start:
     renderer: Renderer
 
 
-class OccupiedError(Exception):
-    """The folder belongs to another run; the text says what to do."""
-
-
 def train(settings: SftSettings, console: Console) -> Path:
     """Trains, measures on held-out parts where it can, and returns the folder of the published checkpoint.
 
-    Raises OccupiedError.
+    Raises OccupiedError; BadInput: the base is no checkpoint.
     """
     logging.disable_progress_bar()  # it would draw over our own
     threads = settings.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     cv2.setNumThreads(1)
     torch.manual_seed(settings.seed)
-    work = settings.out / "work"
+    if settings.base is not None:
+        check_checkpoint(settings.base)
+    folders.check(settings.out, settings.identity())
     view = pb.COMPARISON_VIEW_COMPOSITE if settings.base is None else read_card(settings.base).comparison_view
     recipe = dataset.Recipe(
         settings.data, settings.samples, settings.seed, settings.single_pass, view, settings.weights
     )
     kinds = len(dataset.labels(recipe))  # data that cannot be read is refused before anything is written
-    _occupy(settings, work)
+    work = folders.occupy(settings.out, settings.identity())
     start = _start(settings, recipe, work, console)
     with progress_bar(console) as progress:
         bar = progress.add_task("episodes", total=recipe.samples)
@@ -80,17 +79,6 @@ def train(settings: SftSettings, console: Console) -> Path:
     (work / METRICS).replace(settings.out / METRICS)
     shutil.rmtree(work)
     return settings.out
-
-
-def _occupy(settings: SftSettings, work: Path) -> None:
-    """Takes the folder for this run, or finds that this run has it already."""
-    if (settings.out / "config.json").exists() and not work.exists():
-        raise OccupiedError(f"{settings.out} holds a checkpoint already: choose another folder")
-    work.mkdir(parents=True, exist_ok=True)
-    identity = work / "settings.json"
-    if identity.exists() and identity.read_text() != settings.identity():
-        raise OccupiedError(f"{settings.out} holds a run with other settings ({identity}): choose another folder")
-    identity.write_text(settings.identity())
 
 
 def _start(settings: SftSettings, recipe: dataset.Recipe, work: Path, console: Console) -> Start:

@@ -12,14 +12,14 @@ from PIL import Image
 
 from services.chassis import rpc
 from services.chassis.errors import BadInput, Exhausted, NotFound, Transient
+from services.chassis.problems import sentence
 from services.cli import demo
-from services.cli.problems import sentence
 from services.data.readers import BadDataError
 from services.policy.settings import PolicySettings
 from services.retrieval import service as retrieval_service
 from services.retrieval.library import ExemplarLibrary, LibraryError
 from services.retrieval.settings import RetrievalSettings
-from services.trainer.sft import OccupiedError
+from services.trainer.folders import OccupiedError
 from tests.cli.commands import agentiad
 from tests.harness.process import free_port
 

@@ -25,7 +25,14 @@ Answer = Callable[[RolloutRequested], TrajectoryScored | None]
 
 def make_settings(**changes: object) -> RlSettings:
     """Two groups of three a step, one batch ahead."""
-    values = {"out": Path("out"), "base": Path("base"), "groups": 2, "group_size": 3, "max_staleness": 1}
+    values = {
+        "out": Path("out"),
+        "base": Path("base"),
+        "groups": 2,
+        "group_size": 3,
+        "max_staleness": 1,
+        "divide_by_std": False,
+    }
     return RlSettings.model_validate({**values, **changes})
 
 

@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from agentiad.v1.events_pb2 import TrajectoryScored
+from services.trainer.advantage import Scale
 from services.trainer.groups import Groups
 from tests.trainer.make_rollouts import make_scored, make_trajectory
 
 CAPACITY, SIZE, STALENESS, DEADLINE_S = 4, 3, 1, 10.0
 
 
-def make_groups(divide_by_std: bool = False) -> Groups:
-    return Groups(max_staleness=STALENESS, deadline_s=DEADLINE_S, divide_by_std=divide_by_std)
+def make_groups(scale: Scale | None = None) -> Groups:
+    return Groups(max_staleness=STALENESS, deadline_s=DEADLINE_S, scale=scale)
 
 
 def stored(state: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +205,7 @@ def test_a_foreign_version_is_never_fresh() -> None:
 
 
 def test_advantages_are_the_same_after_a_restart() -> None:
-    groups, again = make_groups(divide_by_std=True), make_groups(divide_by_std=True)
+    groups, again = make_groups(Scale(0.1)), make_groups(Scale(0.1))
     groups.request("g", 7, 0.0)
     for number in (2, 0, 1):
         groups.add(make_scored("g", number, total=0.1 * number))

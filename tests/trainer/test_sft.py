@@ -12,6 +12,7 @@ from agentiad.v1 import trajectory_pb2 as pb
 from services.data import procedural
 from services.data.procedural import write_set
 from services.trainer import heldout, sft
+from services.trainer.folders import OccupiedError
 from services.trainer.settings import preset
 from services.vlm import pocket
 from services.vlm.card import read_card
@@ -51,10 +52,10 @@ def test_a_folder_of_another_run_is_left_alone(tmp_path: Path) -> None:
     settings = make_settings(tmp_path / "out", samples=6)
     (settings.out / "work").mkdir(parents=True)
     (settings.out / "work" / "settings.json").write_text(settings.identity())
-    with pytest.raises(sft.OccupiedError, match="other settings"):
+    with pytest.raises(OccupiedError, match="other settings"):
         sft.train(make_settings(settings.out, samples=6, seed=1), Console(quiet=True))
     sft.train(settings, Console(quiet=True))
-    with pytest.raises(sft.OccupiedError, match="holds a checkpoint already"):
+    with pytest.raises(OccupiedError, match="holds a checkpoint already"):
         sft.train(settings, Console(quiet=True))
 
 

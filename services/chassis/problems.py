@@ -5,6 +5,9 @@ Anything else is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 # By name: importing the classes takes seconds (torch, pymilvus), and only those that are imported can have been raised.
 _SAID = frozenset({
     "services.chassis.errors.BadInput",
@@ -12,7 +15,6 @@ _SAID = frozenset({
     "services.chassis.errors.Transient",
     "services.data.readers.BadDataError",
     "services.retrieval.library.LibraryError",
-    "services.trainer.sft.OccupiedError",
 })  # fmt: skip
 
 
@@ -36,3 +38,15 @@ def sentence(error: Exception) -> str | None:
     elif isinstance(error, OSError) and error.filename is not None:
         words = f"{error.filename}: {error.strerror}"
     return None if words is None else " ".join(words.split())
+
+
+def run(app: Callable[[], object]) -> None:
+    """A command-line program: exit status 2 and one sentence for whatever a person can mend."""
+    try:
+        app()
+    except Exception as error:
+        said = sentence(error)
+        if said is None:
+            raise
+        print(said, file=sys.stderr)
+        sys.exit(2)
