@@ -85,13 +85,4 @@ async def inspect_once(
     inspector: Inspector, records: Records[events_pb2.InspectionCompleted], captured: events_pb2.ImageCaptured
 ) -> events_pb2.InspectionCompleted:
     """The event's one result: the recorded one, or that of an episode which goes on from its recorded steps."""
-    recorded = await records.result(captured.event_id)
-    if recorded is not None:
-        return recorded
-
-    async def save(trajectory: pb.Trajectory) -> None:
-        if not trajectory.stop_reason:
-            await records.save_steps(captured.event_id, trajectory)
-
-    resume = await records.steps(captured.event_id)
-    return await records.claim_result(await inspector.inspect(captured, save, resume=resume))
+    return await records.once(captured.event_id, lambda resume, save: inspector.inspect(captured, save, resume=resume))

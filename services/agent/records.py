@@ -6,12 +6,14 @@ after the topic's own retention); every copy that is published is byte by byte t
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
 from redis.asyncio import Redis
 
 from agentiad.v1 import events_pb2
 from agentiad.v1 import trajectory_pb2 as pb
+from services.agent.runner import OnTurn
 from services.chassis.redis_outages import transient
 
 # An episode lasts seconds; steps are of use only until the event is delivered again.
@@ -35,6 +37,20 @@ class Records(Generic[R]):
         self._redis, self._ttl_s = redis, ttl_s
         self._result_type: type[R] = result_type
         self._prefix = f"agentiad:{result_type.DESCRIPTOR.name}"
+
+    async def once(self, event_id: str, play: Callable[[pb.Trajectory | None, OnTurn], Awaitable[R]]) -> R:
+        """The event's one result: the recorded one, or what `play` makes, going on from the recorded steps (None: there
+        are none) and telling of each further one.
+        """
+        recorded = await self.result(event_id)
+        if recorded is not None:
+            return recorded
+
+        async def save(trajectory: pb.Trajectory) -> None:
+            if not trajectory.stop_reason:
+                await self.save_steps(event_id, trajectory)
+
+        return await self.claim_result(await play(await self.steps(event_id), save))
 
     async def result(self, event_id: str) -> R | None:
         value = await self._get(self._result_key(event_id))

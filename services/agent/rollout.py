@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from agentiad.v1 import events_pb2
 from agentiad.v1 import trajectory_pb2 as pb
 from services.agent.records import Records
-from services.agent.runner import Runner
+from services.agent.runner import OnTurn, Runner
 from services.chassis import telemetry, topics
 from services.chassis.bus import Bus, Event, cloudevents
 from services.chassis.errors import BadInput
@@ -61,19 +61,14 @@ async def roll_out_once(
     runner: Runner, records: Records[events_pb2.TrajectoryCompleted], request: events_pb2.RolloutRequested
 ) -> events_pb2.TrajectoryCompleted:
     """The request's one trajectory: the recorded one, or that of an episode which goes on from its recorded steps."""
-    recorded = await records.result(request.event_id)
-    if recorded is not None:
-        return recorded
 
-    async def save(trajectory: pb.Trajectory) -> None:
-        if not trajectory.stop_reason:
-            await records.save_steps(request.event_id, trajectory)
+    async def play(trajectory: pb.Trajectory | None, save: OnTurn) -> events_pb2.TrajectoryCompleted:
+        if trajectory is None:
+            trajectory = await runner.begin(request.event_id, request.task, request.limits, request.sampling)
+        await runner.run(trajectory, save, probe=request.probe_verdicts)
+        return complete(request, trajectory)
 
-    trajectory = await records.steps(request.event_id)
-    if trajectory is None:
-        trajectory = await runner.begin(request.event_id, request.task, request.limits, request.sampling)
-    await runner.run(trajectory, save, probe=request.probe_verdicts)
-    return await records.claim_result(complete(request, trajectory))
+    return await records.once(request.event_id, play)
 
 
 def complete(request: events_pb2.RolloutRequested, trajectory: pb.Trajectory) -> events_pb2.TrajectoryCompleted:

@@ -112,7 +112,7 @@ class Groups:
             return None
         after = None
         if self._tail:
-            tails = [sum(member.reward.components[name] for name in self._tail) for member in members]
+            tails = [sum(member.reward.components.get(name, 0.0) for name in self._tail) for member in members]
             after = tail_advantages(tails, [right(member) for member in members])
             if self._scale is not None:
                 after = [value / self._scale.of(totals) for value in after]
@@ -177,4 +177,4 @@ def right(scored: TrajectoryScored) -> bool:
 
 
 def _stored(members: Iterable[TrajectoryScored]) -> list[bytes]:
-    return [member.SerializeToString() for member in members]
+    return [member.SerializeToString(deterministic=True) for member in members]
