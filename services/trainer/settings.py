@@ -149,7 +149,7 @@ class RlSettings(BaseModel):
     # of the rewards that they can still change; the verdict's would only be noise to them.
     credit: Literal["episode", "reward_to_go"] = "reward_to_go"
     weights: TokenWeights = EVEN  # times the advantage
-    divide_by_std: bool = True  # of the group's rewards, plus this floor: prompts then weigh more alike
+    divide_by_std: bool = False  # of the group's rewards, plus this floor: prompts then weigh more alike
     std_floor: float = Field(default=0.1, gt=0)
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     clip_high: float = Field(default=0.28, gt=0)
