@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -21,6 +22,11 @@ from services.chassis import rpc, telemetry
 # Loading a checkpoint of some GB from a slow disk takes minutes.
 READY_S = 600.0
 STOP_S = 30.0
+
+
+# Linux tells a process of its parent's death; elsewhere a parent that is killed leaves its services behind.
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
 
 
 class StackError(Exception):
@@ -79,7 +85,9 @@ def vllm_python() -> Path:
 @asynccontextmanager
 async def process(name: str, argv: list[str], environment: Mapping[str, str]) -> AsyncIterator[Child]:
     # A session of its own: Ctrl-C reaches this process only, which then stops the others in their order.
-    started = await asyncio.create_subprocess_exec(*argv, env=environment, start_new_session=True)
+    started = await asyncio.create_subprocess_exec(
+        *argv, env=environment, start_new_session=True, preexec_fn=_end_with_parent if _LIBC is not None else None
+    )
     try:
         yield Child(name, started)
     finally:
@@ -95,6 +103,11 @@ async def process(name: str, argv: list[str], environment: Mapping[str, str]) ->
         # What it started itself, vLLM's processes say, and left behind.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(started.pid, signal.SIGKILL)
+
+
+def _end_with_parent() -> None:
+    assert _LIBC is not None
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 async def ready(child: Child, address: str, stop: asyncio.Event) -> None:
