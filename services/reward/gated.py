@@ -16,10 +16,10 @@ from services.reward.boxes import Region, area, covered, grown, iou, region_of
 from services.reward.naming import similarity
 from services.reward.reading import Behaviour, Outcome, Truth
 
-COMPONENTS = ("verdict", "localisation", "type", "format", "tools")
+COMPONENTS = ("verdict", "crop", "box", "type", "format", "tools")
 
 VERDICT = 1.0  # a right one
-LOCALISATION = 0.5  # the last crop and the answer's box are right on a defect
+CROP, BOX = 0.25, 0.25  # the evidence: the last crop and the answer's box are right on a defect
 TYPE = 0.2  # the very name of a defect
 FAULT = 0.25  # lost for a reply that cannot be read, a refused call, a verdict that had to be forced
 FAULTS_AT_MOST = 0.5
@@ -45,20 +45,24 @@ def _components(behaviour: Behaviour, truth: Truth) -> dict[str, float]:
     found = right and truth.anomalous
     return {
         "verdict": VERDICT if right else 0.0,
-        "localisation": LOCALISATION * _localised(behaviour, truth) if found else 0.0,
+        "crop": CROP * _looked(behaviour, truth) if found else 0.0,
+        "box": BOX * _pointed(behaviour, truth) if found else 0.0,
         "type": TYPE * _named(behaviour, truth) if found else 0.0,
         "format": -_faults(behaviour),
         "tools": _tools(behaviour, truth),
     }
 
 
-def _localised(behaviour: Behaviour, truth: Truth) -> float:
-    """In [0, 1]: the mean of how well the last crop and the answer's box fit the defect that each fits best."""
+def _looked(behaviour: Behaviour, truth: Truth) -> float:
+    """In [0, 1]: how well the last crop fits the defect that it fits best."""
     crops = behaviour.shown_crops
-    looked = max((_fit(crops[-1], box) for box in truth.boxes), default=0.0) if crops else 0.0
+    return max((_fit(crops[-1], box) for box in truth.boxes), default=0.0) if crops else 0.0
+
+
+def _pointed(behaviour: Behaviour, truth: Truth) -> float:
+    """In [0, 1]: the same of the answer's box."""
     answer = region_of(behaviour.verdict.box) if behaviour.verdict else None
-    pointed = max((iou([answer], box) for box in truth.boxes), default=0.0) if answer else 0.0
-    return (looked + pointed) / 2
+    return max((iou([answer], box) for box in truth.boxes), default=0.0) if answer else 0.0
 
 
 def _fit(crop: Region, defect: Region) -> float:

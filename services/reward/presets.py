@@ -31,7 +31,7 @@ class Preset:
 
 # Names that begin with another one stand before it.
 _PRESETS = {
-    "gated": Preset(gated.components, gated.COMPONENTS, probes=True, tail=("localisation", "type")),
+    "gated": Preset(gated.components, gated.COMPONENTS, probes=True, tail=("box", "type")),
     "paper-as-run": Preset(paper.as_run, paper.AS_RUN),
     "paper": Preset(paper.as_written, paper.AS_WRITTEN),
 }

@@ -34,10 +34,10 @@ def advantages(rewards: Sequence[float], scale: Scale | None = None) -> list[flo
     return centred if scale is None else [value / scale.of(rewards) for value in centred]
 
 
-def tail_advantages(rewards: Sequence[float], rights: Sequence[bool]) -> list[float]:
+def tail_advantages(rewards: Sequence[float], rights: Sequence[bool], scale: Scale | None = None) -> list[float]:
     """Of what was said after the verdict: only rewards that it could still change (`rewards`), against the mean of
     those whose verdict was right as well. After a wrong verdict there is nothing to gain or to lose: 0.
     """
     reached = [reward for reward, right in zip(rewards, rights, strict=True) if right]
-    mean = sum(reached) / len(reached) if reached else 0.0
-    return [reward - mean if right else 0.0 for reward, right in zip(rewards, rights, strict=True)]
+    found = iter((advantages(reached, scale) if reached else None) or [0.0] * len(reached))
+    return [next(found) if right else 0.0 for right in rights]

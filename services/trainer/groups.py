@@ -106,17 +106,13 @@ class Groups:
 
     def _compared(self, group_id: str, prompt: int, members: Sequence[TrajectoryScored]) -> Group | None:
         """None: their rewards are equal."""
-        totals = [member.reward.total for member in members]
-        found = advantages(totals, self._scale)
-        if found is None:
+        tails = [sum(member.reward.components.get(name, 0.0) for name in self._tail) for member in members]
+        heads = [member.reward.total - tail for member, tail in zip(members, tails, strict=True)]
+        found = advantages(heads, self._scale)
+        after = tail_advantages(tails, [right(member) for member in members], self._scale) if self._tail else None
+        if found is None and not any(after or []):
             return None
-        after = None
-        if self._tail:
-            tails = [sum(member.reward.components.get(name, 0.0) for name in self._tail) for member in members]
-            after = tail_advantages(tails, [right(member) for member in members])
-            if self._scale is not None:
-                after = [value / self._scale.of(totals) for value in after]
-        return Group(group_id, prompt, members, found, after)
+        return Group(group_id, prompt, members, found or [0.0] * len(members), after)
 
     def outcomes(self) -> list[tuple[int, Sequence[TrajectoryScored]]]:
         """(prompt, members) of the groups that were completed since the last call, dropped ones too."""

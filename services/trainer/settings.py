@@ -145,9 +145,9 @@ class RlSettings(BaseModel):
     group_deadline_s: float = 300.0  # from the request to the last member; then the group is replaced
     version_deadline_s: float = 300.0  # from publishing a version to the policy serving it
 
-    # episode: all tokens of an episode share its advantage, as in GRPO. reward_to_go: those after the verdict get that
-    # of the rewards that they can still change; the verdict's would only be noise to them.
-    credit: Literal["episode", "reward_to_go"] = "reward_to_go"
+    # episode: all tokens of an episode share its advantage, as in GRPO. parts: those after the verdict answer for the
+    # rewards that are their doing (type, box), all before them for the others; each would only be noise to the other.
+    credit: Literal["episode", "parts"] = "parts"
     weights: TokenWeights = EVEN  # times the advantage
     divide_by_std: bool = False  # of the group's rewards, plus this floor: prompts then weigh more alike
     std_floor: float = Field(default=0.1, gt=0)
@@ -192,7 +192,7 @@ class RlSettings(BaseModel):
     @property
     def tail(self) -> tuple[str, ...]:
         """Components of the reward that are credited to what is said after the verdict alone; see `credit`."""
-        return parse(self.reward).tail if self.credit == "reward_to_go" else ()
+        return parse(self.reward).tail if self.credit == "parts" else ()
 
     def identity(self) -> str:
         """All that decides the outcome, as JSON: a resumed run must have the same."""

@@ -56,7 +56,7 @@ AHEAD = 2
 METRICS = {
     *(f"policy/{name}" for name in ("entropy", "mismatch_mean", "mismatch_max", "clip_share", "truncated_share")),
     *("policy/gradient_norm", "policy/tokens", "reward/total", "accuracy/sampled"),
-    *(f"reward/{name}" for name in ("verdict", "format", "localisation", "type", "tools")),
+    *(f"reward/{name}" for name in ("verdict", "format", "crop", "box", "type", "tools")),
     *("tools/calls", "tools/crop_rate", "tools/query_rate", "format/malformed", "format/limit"),
     *("speed/step_s", "speed/trajectories_per_s", "speed/tokens_per_s", "idle/trainer", "idle/policy"),
     *("staleness/mean", "staleness/worst", "groups/waiting"),

@@ -23,6 +23,12 @@ def rewarded(trajectory: pb.Trajectory, truth: pb.GroundTruth = TRUTH) -> dict[s
     return dict(score([trajectory], truth, "gated")[0].components)
 
 
+def localisation(trajectory: pb.Trajectory, truth: pb.GroundTruth = TRUTH) -> float:
+    """Of both kinds of evidence."""
+    components = rewarded(trajectory, truth)
+    return components["crop"] + components["box"]
+
+
 def total(trajectory: pb.Trajectory, truth: pb.GroundTruth = TRUTH) -> float:
     return score([trajectory], truth, "gated")[0].total
 
@@ -53,9 +59,9 @@ def test_verdict(verdict: pb.Verdict | None, truth: pb.GroundTruth, expected: fl
 def test_localisation(crop: Region | None, answer: Region | None, expected: float) -> None:
     steps = [make.crop(crop)] if crop else []
     trajectory = make.make_trajectory(*steps, verdict=make.make_verdict(True, box=answer))
-    assert rewarded(trajectory)["localisation"] == pytest.approx(expected, abs=1e-6)
+    assert localisation(trajectory) == pytest.approx(expected, abs=1e-6)
     trajectory.verdict.anomaly_present = False
-    assert rewarded(trajectory)["localisation"] == 0
+    assert localisation(trajectory) == 0
 
 
 def test_only_the_last_crop_that_was_shown_counts() -> None:
@@ -63,14 +69,14 @@ def test_only_the_last_crop_that_was_shown_counts() -> None:
     refused = make.crop(DEFECT, error=make.NO_CALLS_LEFT)
     for expected, crops in [(0.25, [away, DEFECT]), (0, [DEFECT, away])]:
         trajectory = make.make_trajectory(*map(make.crop, crops), refused, verdict=RIGHT)
-        assert rewarded(trajectory)["localisation"] == pytest.approx(expected)
+        assert localisation(trajectory) == pytest.approx(expected)
 
 
 def test_the_best_defect_counts() -> None:
     other = (0.8, 0.8, 0.9, 0.9)
     truth = make.make_truth(other, DEFECT)
     trajectory = make.make_trajectory(make.crop(DEFECT), verdict=make.make_verdict(True, box=other))
-    assert rewarded(trajectory, truth)["localisation"] == pytest.approx(0.5)
+    assert localisation(trajectory, truth) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +197,7 @@ def test_the_whole_image_is_no_place(defect: Region) -> None:
     """To crop and to point at everything gets at most the share of the image that the defect needs."""
     trajectory = make.make_trajectory(make.crop(WHOLE), verdict=make.make_verdict(True, box=WHOLE))
     needed = boxes.area(boxes.grown(defect, 0.1))
-    assert rewarded(trajectory, make.make_truth(defect))["localisation"] <= 0.5 * needed + 1e-6
+    assert localisation(trajectory, make.make_truth(defect)) <= 0.5 * needed + 1e-6
 
 
 @PATIENT

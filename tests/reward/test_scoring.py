@@ -17,7 +17,7 @@ from tests.reward.strategies import PATIENT, PRESETS, trajectories, truths
 from tests.reward.trajectories import DEFECT
 
 TRUTH = make.make_truth(DEFECT, types=["scratch"])
-GATED = {"verdict", "localisation", "type", "format", "tools"}
+GATED = {"verdict", "crop", "box", "type", "format", "tools"}
 
 
 def make_good() -> pb.Trajectory:
@@ -32,8 +32,8 @@ def make_good() -> pb.Trajectory:
     [
         ("", GATED),
         ("gated", GATED),
-        ("gated-type-format", {"verdict", "localisation", "tools"}),
-        ("gated-verdict-localisation-type-format-tools", set()),
+        ("gated-type-format", {"verdict", "crop", "box", "tools"}),
+        ("gated-verdict-crop-box-type-format-tools", set()),
         ("paper", {"verdict", "localisation", "type", "outcome", "query_rate"}),
         ("paper-query_rate-outcome", {"verdict", "localisation", "type"}),
         ("paper-as-run", {"verdict", "localisation", "type", "query_rate"}),
@@ -56,7 +56,7 @@ def test_what_is_ablated_counts_nothing(preset: str, counting: set[str]) -> None
     [
         ("best", "no reward preset 'best', only gated, paper-as-run, paper"),
         ("Gated", "no reward preset"),
-        ("gated-speed", "gated has no component 'speed', only verdict, localisation, type, format, tools"),
+        ("gated-speed", "gated has no component 'speed', only verdict, crop, box, type, format, tools"),
         ("gated-", "no component ''"),
         ("-type", "no reward preset"),
         ("gatedtype", "no reward preset"),
