@@ -42,7 +42,16 @@ M = TypeVar("M", bound=Message)
 
 def command(*program: str | Path, out: Path, steps: int, **changes: object) -> list[str]:
     """The command of a run of a few small groups."""
-    values = {"steps": steps, "groups": 2, "group_size": 4, "prompts": 12, "measured": 0, "threads": 1, **changes}
+    values = {
+        "steps": steps,
+        "publish_every": 1,
+        "groups": 2,
+        "group_size": 4,
+        "prompts": 12,
+        "measured": 0,
+        "threads": 1,
+        **changes,
+    }
     words = [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
     return [*map(str, program), "--base", str(BASE), "--out", str(out), *words]
 

@@ -51,7 +51,7 @@ def test_a_checkpoint_is_tuned_on_a_folder(tmp_path: Path) -> None:
 def test_a_folder_of_another_run_is_left_alone(tmp_path: Path) -> None:
     settings = make_settings(tmp_path / "out", samples=6)
     (settings.out / "work").mkdir(parents=True)
-    (settings.out / "work" / "settings.json").write_text(settings.identity())
+    (settings.out / "work" / "settings").write_text(settings.identity())
     with pytest.raises(OccupiedError, match="other settings"):
         sft.train(make_settings(settings.out, samples=6, seed=1), Console(quiet=True))
     sft.train(settings, Console(quiet=True))
