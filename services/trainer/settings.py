@@ -128,7 +128,7 @@ class RlSettings(BaseModel):
     data: str = "procedural"  # or a data set whose samples have boxes
     seed: int = 0
     policy: str = "policy"  # versions are published as NAME-candidate
-    steps: int = Field(default=80, ge=1)
+    steps: int = Field(default=120, ge=1)
 
     prompts: int = Field(default=600, ge=2)
     hard_share: float = Field(default=0.25, ge=0, le=1)  # of the groups: prompts that were mostly got wrong last time
@@ -149,7 +149,7 @@ class RlSettings(BaseModel):
     # rewards that are their doing (type, box), all before them for the others; each would only be noise to the other.
     credit: Literal["episode", "parts"] = "parts"
     weights: TokenWeights = EVEN  # times the advantage
-    divide_by_std: bool = False  # of the group's rewards, plus this floor: prompts then weigh more alike
+    divide_by_std: bool = True  # of the group's rewards, plus this floor: prompts then weigh more alike
     std_floor: float = Field(default=0.1, gt=0)
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     clip_high: float = Field(default=0.28, gt=0)
@@ -158,7 +158,7 @@ class RlSettings(BaseModel):
     minibatches: int = Field(default=1, ge=1)  # updates a step
     micro_batch: int = Field(default=16, ge=1)  # trajectories a forward
     muon_lr: float = 0.0  # of matrices; 0: AdamW for all
-    adam_lr: float = 2e-4
+    adam_lr: float = 1.5e-4
     warmup_updates: int = 5
     final_rate: float = Field(default=0.1, ge=0, le=1)  # the learning rate falls to this share of itself
     clip_norm: float = 1.0
