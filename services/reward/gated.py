@@ -26,7 +26,7 @@ FAULTS_AT_MOST = 0.5
 HELP = 0.2  # once an episode: more calls that help are not better than fewer
 # Lost for a probed call that did not help: more where the policy knew already than where it looked in vain. Were a vain
 # look as dear, a policy that cannot read comparisons yet would unlearn to ask for them before it learns to read them.
-NEEDLESS_CALL, VAIN_CALL = 0.2, 0.02
+NEEDLESS_CALL, VAIN_CALL = 0.1, 0.02
 # With FAULTS_AT_MOST it leaves a right verdict above a wrong one.
 CALLS_AT_MOST = 0.4
 # Forced verdicts between these say that the policy does not know.

@@ -113,13 +113,13 @@ def test_format(steps: list[make.Step], stop: pb.StopReason.ValueType, expected:
         ([None, None], RIGHT, 0),
         ([0.1], RIGHT, 0.2),
         ([0.1], WRONG, -0.02),
-        ([0.9], RIGHT, -0.2),
+        ([0.9], RIGHT, -0.1),
         ([0.6], RIGHT, 0.2),
-        ([0.75], RIGHT, -0.2),
+        ([0.75], RIGHT, -0.1),
         ([0.25], RIGHT, 0.2),
         ([0.1, 0.3], RIGHT, 0.2),
-        ([0.1, 0.9], RIGHT, 0),
-        ([0.9, 0.9, None], WRONG, -0.4),
+        ([0.1, 0.9], RIGHT, 0.1),
+        ([0.9, 0.9, None], WRONG, -0.2),
         ([0.9] * 20, RIGHT, -0.4),
     ],
 )
@@ -129,7 +129,7 @@ def test_tools(probes: list[float | None], verdict: pb.Verdict, expected: float)
 
 
 def test_a_normal_part_is_unsure_in_the_same_band() -> None:
-    for probe, expected in [(0.24, -0.2), (0.3, 0.2), (0.7, 0.2), (0.9, 0.2)]:
+    for probe, expected in [(0.24, -0.1), (0.3, 0.2), (0.7, 0.2), (0.9, 0.2)]:
         trajectory = make.make_trajectory(make.query(probe=probe), verdict=WRONG)
         assert rewarded(trajectory, NORMAL)["tools"] == pytest.approx(expected)
 
@@ -208,11 +208,12 @@ def test_to_call_everything_loses(trajectory: pb.Trajectory, truth: pb.GroundTru
     more = pb.Trajectory.FromString(trajectory.SerializeToString())
     for probe in probes:
         more.turns.extend(make.query(probe=float(truth.anomaly_present) if right else probe))
+    bound = [pytest.approx(-0.4), pytest.approx(0.2 - 0.4)]
+    assume(rewarded(more, truth)["tools"] not in bound)  # calls beyond it cost nothing more
     lost = total(trajectory, truth) - total(more, truth)
-    assert -1e-9 <= lost <= 0.2 * len(probes) + 1e-9
-    # Beyond the bound calls cost nothing more.
-    at_bound = rewarded(trajectory, truth)["tools"] in [pytest.approx(-0.4), pytest.approx(0.2 - 0.4)]
-    assert lost > 0.01 or at_bound or not probes
+    assert 0.02 * len(probes) - 1e-9 <= lost <= 0.1 * len(probes) + 1e-9
+    if right:
+        assert lost == pytest.approx(0.1 * len(probes))
 
 
 @PATIENT
@@ -224,7 +225,7 @@ def test_never_to_call_loses_where_calls_help(anomalous: bool, first: float, lat
     at_once = make.make_trajectory(verdict=make.make_verdict(not anomalous))
     calls = [make.query(probe=probe) for probe in (first, *later)]
     looked = make.make_trajectory(*calls, verdict=make.make_verdict(anomalous))
-    assert total(looked, truth) >= 0.8 - 1e-9 > 0 == total(at_once, truth)
+    assert total(looked, truth) >= 1.0 - 1e-9 > 0 == total(at_once, truth)
 
 
 @PATIENT
