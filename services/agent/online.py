@@ -16,7 +16,6 @@ from services.agent.inspector import Inspector, inspect_once
 from services.agent.records import Records
 from services.chassis import telemetry, topics
 from services.chassis.bus import Bus, Event, cloudevents
-from services.chassis.errors import BadInput
 
 GROUP = "inspection"
 SOURCE = "/agentiad/agent"
@@ -35,9 +34,7 @@ async def run(
     """Inspects image events, `max_in_flight` episodes at once, until `stop` is set."""
 
     async def handle(event: Event) -> None:
-        attributes = cloudevents.parse(event.headers)
-        if attributes.type_name != CAPTURED_TYPE:
-            raise BadInput(f"ce_type {attributes.type_name!r}, expected {CAPTURED_TYPE}")
+        attributes = cloudevents.parse(event.headers, CAPTURED_TYPE)
         captured = inspection.parse_captured(event.value)
         with telemetry.bind(event_id=captured.event_id, episode_id=captured.event_id):
             result = await inspect_once(inspector, records, captured)

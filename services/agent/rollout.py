@@ -39,9 +39,7 @@ async def run(
     """Plays rollouts, `max_in_flight` episodes at once, until `stop` is set."""
 
     async def handle(event: Event) -> None:
-        attributes = cloudevents.parse(event.headers)
-        if attributes.type_name != REQUEST_TYPE:
-            raise BadInput(f"ce_type {attributes.type_name!r}, expected {REQUEST_TYPE}")
+        attributes = cloudevents.parse(event.headers, REQUEST_TYPE)
         request = parse_request(event.value)
         with telemetry.bind(event_id=request.event_id, episode_id=request.event_id):
             completed = await roll_out_once(runner, records, request)

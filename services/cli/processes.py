@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,3 +127,17 @@ async def ready(child: Child, address: str, stop: asyncio.Event) -> None:
             except grpc.aio.AioRpcError:
                 pass  # not listening yet
             await asyncio.sleep(0.2)
+
+
+async def until_stopped(children: Sequence[Child], stop: asyncio.Event) -> None:
+    """Returns when `stop` is set. Raises StackError: a child ended by itself."""
+    ends = {asyncio.create_task(child.process.wait()): child for child in children}
+    stopped = asyncio.create_task(stop.wait())
+    try:
+        done, _ = await asyncio.wait([*ends, stopped], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in (*ends, stopped):
+            task.cancel()
+    for task in done - {stopped}:
+        child = ends[task]
+        raise StackError(f"{child.name} ended with status {child.process.returncode}")

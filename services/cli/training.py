@@ -19,7 +19,7 @@ from rich.markup import escape
 from services.chassis import lifecycle, problems, telemetry, topics
 from services.chassis.settings import load
 from services.cli.plant import open_bus
-from services.cli.processes import Child, StackError, ready, redis_server, service
+from services.cli.processes import Child, StackError, ready, redis_server, service, until_stopped
 from services.trainer.__main__ import rl_alone
 from services.trainer.settings import RlSettings, TrainerSettings
 
@@ -68,14 +68,12 @@ async def _train(settings: RlSettings, stop: asyncio.Event) -> None:
             | {"image_roots": (environment["IMAGE_ROOTS"],), "image_store": environment["IMAGE_STORE"]}
         )
         training = asyncio.create_task(train(settings, services, console))
-        ends = [asyncio.create_task(child.process.wait()) for child in children]
-        stopped = asyncio.create_task(stop.wait())
-        done, _ = await asyncio.wait([training, stopped, *ends], return_when=asyncio.FIRST_COMPLETED)
-        for task in (training, stopped, *ends):
+        watching = asyncio.create_task(until_stopped(children, stop))
+        done, _ = await asyncio.wait([training, watching], return_when=asyncio.FIRST_COMPLETED)
+        for task in (training, watching):
             task.cancel()
-        for child, end in zip(children, ends, strict=True):
-            if end in done:
-                raise StackError(f"{child.name} ended with status {child.process.returncode}")
+        if watching in done:
+            watching.result()
         if training in done:
             _conclude(settings, training.result(), environment)
 
@@ -96,7 +94,7 @@ def _conclude(settings: RlSettings, newest: Path, environment: Mapping[str, str]
 
 @asynccontextmanager
 async def rollout_services(
-    settings: RlSettings, stop: asyncio.Event, agents: int = 1
+    settings: RlSettings, stop: asyncio.Event
 ) -> AsyncIterator[tuple[dict[str, str], list[Child]]]:
     """What rollouts take, with a policy that follows the run's candidates: the environment that its processes have been
     given, and the processes.
@@ -134,11 +132,10 @@ async def rollout_services(
         started = [await running.enter_async_context(service(name, addresses[name], environment)) for name in names]
         children += started
         await asyncio.gather(*(ready(child, addresses[child.name], stop) for child in started))
-        for number in range(agents):
-            address = f"unix://{folder}/agent{number}.sock"
-            child = await running.enter_async_context(service("agent", address, environment))
-            await ready(child, address, stop)
-            children.append(child)
+        address = f"unix://{folder}/agent.sock"
+        agent = await running.enter_async_context(service("agent", address, environment))
+        await ready(agent, address, stop)
+        children.append(agent)
         yield environment, children
 
 

@@ -19,7 +19,7 @@ from services.chassis import lifecycle, telemetry, topics
 from services.chassis.errors import BadInput
 from services.chassis.settings import load
 from services.cli.plant import bus_name, open_bus
-from services.cli.processes import Child, StackError, ready, redis_server, service
+from services.cli.processes import Child, StackError, ready, redis_server, service, until_stopped
 
 console = Console(stderr=True)
 
@@ -72,7 +72,7 @@ async def _run(agents: int, model: Path | None, engine: str | None, data_dir: Pa
                           "Now, in other terminals: [bold]agentiad exemplars add NORMALS -c PRODUCT[/bold], "
                           "[bold]agentiad watch[/bold] and [bold]agentiad publish DIR --line L -c PRODUCT[/bold] "
                           f"(in other folders with --data-dir {data_dir}). Ctrl-C stops.")  # fmt: skip
-        await _until_stopped(children, stop)
+        await until_stopped(children, stop)
         console.print("Stopping: agents finish what they have begun…")
 
 
@@ -95,17 +95,6 @@ async def _environment(
         redis, environment["REDIS_URL"] = await running.enter_async_context(redis_server(data_dir))
         children.append(redis)
     return environment
-
-
-async def _until_stopped(children: list[Child], stop: asyncio.Event) -> None:
-    ends = {asyncio.create_task(child.process.wait()): child for child in children}
-    stopped = asyncio.create_task(stop.wait())
-    done, _ = await asyncio.wait([*ends, stopped], return_when=asyncio.FIRST_COMPLETED)
-    for task in (*ends, stopped):
-        task.cancel()
-    for task in done - {stopped}:
-        child = ends[task]
-        raise StackError(f"{child.name} ended with status {child.process.returncode}")
 
 
 def _numbered(address: str, number: int) -> str:

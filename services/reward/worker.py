@@ -16,7 +16,6 @@ from datetime import UTC
 from agentiad.v1 import events_pb2
 from services.chassis import telemetry, topics
 from services.chassis.bus import Bus, Event, cloudevents
-from services.chassis.errors import BadInput
 from services.reward import groups
 from services.reward.records import Member, Records
 
@@ -30,9 +29,7 @@ async def run(bus: Bus, records: Records, *, max_in_flight: int, stop: asyncio.E
     """Scores trajectories, `max_in_flight` events at once, until `stop` is set."""
 
     async def handle(event: Event) -> None:
-        attributes = cloudevents.parse(event.headers)
-        if attributes.type_name != COMPLETED_TYPE:
-            raise BadInput(f"ce_type {attributes.type_name!r}, expected {COMPLETED_TYPE}")
+        attributes = cloudevents.parse(event.headers, COMPLETED_TYPE)
         completed = groups.parse_completed(event.value)
         with telemetry.bind(event_id=completed.event_id, episode_id=completed.trajectory.episode_id):
             groups.check_terms(completed, await records.agree(completed.group_id, groups.terms(completed)))

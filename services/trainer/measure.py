@@ -118,5 +118,7 @@ def write(path: Path, changes: dict[str, dict[str, Change]]) -> None:
 
 def _kinds(outcomes: Sequence[heldout.Outcome]) -> dict[str, list[int]]:
     """Parts that nobody can judge without a tool but by luck, and clean textures, which a first look settles."""
-    plain = [i for i, outcome in enumerate(outcomes) if outcome.plain]
-    return {"parts_that_need_one": [i for i in range(len(outcomes)) if i not in set(plain)], "plain_parts": plain}
+    return {
+        "parts_that_need_one": [i for i, outcome in enumerate(outcomes) if not outcome.plain],
+        "plain_parts": [i for i, outcome in enumerate(outcomes) if outcome.plain],
+    }

@@ -16,12 +16,12 @@ from agentiad.v1 import trajectory_pb2 as pb
 from services.chassis.images import ImageStore
 from services.data import procedural
 from services.data.readers import BadDataError, read
+from services.data.source import PROCEDURAL
 
 if TYPE_CHECKING:
     # It exists for the type checker only.
     from agentiad.v1.retrieval_pb2_grpc import RetrievalServiceAsyncStub
 
-PROCEDURAL = "procedural"
 # Designs a category: enough that none is learnt by heart, few enough that their exemplars are embedded in seconds.
 _VARIANTS = 25
 # The last ones of training's own, which supervised fine-tuning draws once in a million parts.

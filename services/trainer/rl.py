@@ -20,7 +20,8 @@ from transformers.utils import logging
 from agentiad.v1.events_pb2 import TrajectoryScored
 from services.chassis import topics
 from services.chassis.bus import make_bus
-from services.trainer import curves, measure, parallel, prompts, publishing
+from services.data.source import PROCEDURAL
+from services.trainer import curves, measure, parallel, publishing
 from services.trainer.groups import Group
 from services.trainer.journal import METRICS, Journal, summary
 from services.trainer.learner import make_learner
@@ -50,7 +51,7 @@ async def train(settings: RlSettings, services: TrainerSettings, console: Consol
             return settings.out / VERSIONS
         newest = await _lead(settings, services, console, replay, world)
     curves.draw(settings.out / METRICS, settings.out / "curves.png")
-    if settings.data == prompts.PROCEDURAL and settings.measured:
+    if settings.data == PROCEDURAL and settings.measured:
         report = settings.out / "report.json"
         await asyncio.to_thread(
             measure.report, settings.base, newest, settings.reward, settings.measured, report, console

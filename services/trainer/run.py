@@ -17,12 +17,12 @@ import torch
 from agentiad.v1.policy_pb2 import PolicyCard
 from services.chassis.images import make_image_store
 from services.data.readers import read
+from services.data.source import PROCEDURAL
 from services.trainer import folders
 from services.trainer.encoding import RolloutEncoder
 from services.trainer.folders import check_checkpoint
 from services.trainer.learner import make_learner
 from services.trainer.parallel import Team, World
-from services.trainer.prompts import PROCEDURAL
 from services.trainer.settings import RlSettings, TrainerSettings
 from services.vlm.card import read_card, write_card
 from services.vlm.checkpoint import sha256_of

@@ -42,9 +42,9 @@ def headers(event_id: str, type_name: str, source: str, time: datetime, tracepar
     return made
 
 
-def parse(headers: Mapping[str, str]) -> Attributes:
-    """Raises BadInput, naming what is wrong: a required attribute is missing or empty, another spec version, a bad
-    time, a body that is not protobuf."""
+def parse(headers: Mapping[str, str], expected: str = "") -> Attributes:
+    """`expected`: the only type that is accepted; empty: any. Raises BadInput, naming what is wrong: a required
+    attribute is missing or empty, another spec version or type, a bad time, a body that is not protobuf."""
     missing = [name for name in ("ce_id", "ce_source", "ce_type", "ce_specversion") if not headers.get(name)]
     if missing:
         raise BadInput(f"not a CloudEvent: header {', '.join(missing)} missing")
@@ -53,13 +53,16 @@ def parse(headers: Mapping[str, str]) -> Attributes:
     content_type = headers.get("content-type", CONTENT_TYPE)
     if content_type.split(";")[0].strip().lower() != CONTENT_TYPE:
         raise BadInput(f"content-type {content_type!r}, expected {CONTENT_TYPE}")
-    return Attributes(
+    attributes = Attributes(
         event_id=headers["ce_id"],
         type_name=headers["ce_type"],
         source=headers["ce_source"],
         time=_parse_time(headers.get("ce_time", "")),
         traceparent=headers.get(TRACEPARENT, ""),
     )
+    if expected and attributes.type_name != expected:
+        raise BadInput(f"ce_type {attributes.type_name!r}, expected {expected}")
+    return attributes
 
 
 def _parse_time(text: str) -> datetime | None:
